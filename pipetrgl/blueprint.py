@@ -1,0 +1,124 @@
+"""The blueprint of a run: everything that follows from config and data before any device is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import final
+
+import torch
+
+from pipetrgl.blocks import BlockSpec, Network
+from pipetrgl.config.load import config_hash
+from pipetrgl.config.schema import Config
+from pipetrgl.data.dataset import DataSpec
+from pipetrgl.data.itinerary import Itinerary
+from pipetrgl.errors import ModelError
+from pipetrgl.models import heads, zoo
+from pipetrgl.objective import stage_taus
+from pipetrgl.partition import partition
+from pipetrgl.world import World
+
+
+@final
+@dataclass(frozen=True)
+class Blueprint:
+    """The same on every worker, which then builds only its own stage.
+
+    Attributes:
+        config: validated.
+        spec: sizes and shapes of the data set, from the worker that reads it.
+        network: all blocks, unbuilt.
+        ranges: block indices of each stage.
+        shapes: output shape of each block, without rows.
+        num_parameters: of each block.
+    """
+
+    config: Config
+    spec: DataSpec
+    network: Network
+    ranges: tuple[range, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    num_parameters: tuple[int, ...]
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.ranges)
+
+    @property
+    def world(self) -> World:
+        return World((1,) * self.num_stages)
+
+    @cached_property
+    def config_hash(self) -> str:
+        return config_hash(self.config)
+
+    @cached_property
+    def itinerary(self) -> Itinerary:
+        return Itinerary(self.config.train, self.config.evaluate, self.spec)
+
+    @cached_property
+    def taus(self) -> tuple[float, ...]:
+        return stage_taus(self.config.objective.transport, self.num_stages)
+
+    def blocks(self, stage: int) -> tuple[BlockSpec, ...]:
+        return tuple(self.network.blocks[index] for index in self.ranges[stage])
+
+    def input_shape(self, stage: int) -> tuple[int, ...]:
+        """Of one sample as the stage receives it."""
+        first = self.ranges[stage].start
+        return self.shapes[first - 1] if first > 0 else self.network.input_shape
+
+    def output_shape(self, stage: int) -> tuple[int, ...]:
+        """Of one sample as the stage hands it on, and as its head receives it."""
+        return self.shapes[self.ranges[stage].stop - 1]
+
+    def head(self, stage: int) -> torch.nn.Module:
+        """A fresh auxiliary head, not initialised."""
+        config = self.config.model.head
+        return heads.build(config.name, config.pool, self.output_shape(stage), self.spec.num_classes)
+
+    def stage_parameters(self, stage: int) -> tuple[int, int]:
+        """Parameters of the blocks and of the head."""
+        with torch.device("meta"):
+            head = sum(parameter.numel() for parameter in self.head(stage).parameters())
+        return sum(self.num_parameters[index] for index in self.ranges[stage]), head
+
+    @property
+    def max_rows(self) -> int:
+        """Of any micro-batch in the stream."""
+        return max(self.config.train.batch, self.config.evaluate.batch)
+
+
+def draw_up(config: Config, spec: DataSpec) -> Blueprint:
+    """Build the plan of a run and check all that can be checked without training.
+
+    Raises:
+        ModelError: no such model, an illegal cut, a head that does not fit, or a transport cost that is undefined.
+        DataError: the training split is too small for one step.
+    """
+    network = zoo.build(config.model, spec.image_shape, spec.num_classes, config.objective.transport.impl)
+    counts = zoo.num_parameters(network)
+    ranges = partition(network.blocks, config.pipeline.stages, config.model.cuts, counts)
+    blueprint = Blueprint(config, spec, network, ranges, zoo.output_shapes(network), counts)
+    for stage in range(blueprint.num_stages):
+        blueprint.stage_parameters(stage)
+    if config.objective.transport.kind == "stage":
+        _require_equal_shapes(blueprint)
+    assert blueprint.itinerary.total_steps > 0
+    return blueprint
+
+
+def _require_equal_shapes(blueprint: Blueprint) -> None:
+    """`kind: stage` compares the input of a stage's first residual block with the output of its last."""
+    for stage, indices in enumerate(blueprint.ranges):
+        counted = [index for index in indices if blueprint.network.blocks[index].counted]
+        first = counted[0]
+        before = blueprint.shapes[first - 1] if first > 0 else blueprint.network.input_shape
+        after = blueprint.shapes[counted[-1]]
+        if before != after:
+            names = blueprint.network.blocks[first].name, blueprint.network.blocks[counted[-1]].name
+            raise ModelError(
+                f"objective.transport.kind: 'stage' needs equal shapes, but stage {stage} ({names[0]} to {names[1]}) "
+                f"turns {before} into {after}; use 'branch' or 'displacement', or other model.cuts"
+            )

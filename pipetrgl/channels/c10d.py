@@ -1,0 +1,46 @@
+"""The pieces of torch.distributed that links stand on: stores, and process groups of two workers.
+
+A group is made directly over a store, never through `init_process_group`: there is no world-wide group that one dead
+worker could take down.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+# Public at run time, but not exported by torch's annotations.
+PrefixStore: Any = dist.PrefixStore  # type: ignore[attr-defined]
+TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]
+Store = Any
+rendezvous: Any = dist.rendezvous  # type: ignore[attr-defined]
+
+SENDER, RECEIVER = 0, 1
+
+
+def gloo_pair(store: Store, side: int, address: str, timeout_s: float) -> ProcessGroup:
+    """A gloo group of two; blocks until the other side comes.
+
+    Args:
+        store: with a prefix that only these two use.
+        side: SENDER or RECEIVER, the rank in the group.
+        address: of this machine, as the other side reaches it.
+        timeout_s: for the connection; later waits state their own.
+    """
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=address)]
+    options._timeout = timedelta(seconds=timeout_s)
+    return cast(ProcessGroup, gloo(store, side, 2, options))
+
+
+def nccl_pair(store: Store, side: int, device: torch.device) -> ProcessGroup:
+    """An NCCL group of two, connected now: a lazy one would connect inside the first send and hold up the stream."""
+    nccl: Any = dist.ProcessGroupNCCL  # absent from CPU builds of torch
+    group = nccl(store, side, 2, nccl.Options())
+    group.eager_connect_single_device(device)
+    return cast(ProcessGroup, group)

@@ -1,0 +1,100 @@
+"""How an activation is written on the wire: fp32, bf16, fp16, or int8 with one scale a sample.
+
+A codec is part of the model: the serial launcher applies `roundtrip` too, so exactness holds with any of them.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, final
+
+import torch
+from torch import Tensor
+
+from pipetrgl.microbatch import Activation
+
+
+class Codec(Protocol):
+    """Encodes one tensor as one or more; `code` travels in the header and is compared at start."""
+
+    code: int
+    num_parts: int
+
+    def encode(self, tensor: Tensor) -> tuple[Tensor, ...]: ...
+
+    def decode(self, parts: tuple[Tensor, ...]) -> Tensor: ...
+
+
+@final
+class Cast:
+    """Writes floating-point tensors as `dtype` and reads them back as float32; other tensors travel as they are."""
+
+    num_parts = 1
+
+    def __init__(self, code: int, dtype: torch.dtype) -> None:
+        self.code = code
+        self.dtype = dtype
+
+    def encode(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return (tensor.to(self.dtype) if tensor.is_floating_point() else tensor,)
+
+    def decode(self, parts: tuple[Tensor, ...]) -> Tensor:
+        (part,) = parts
+        return part.to(torch.float32) if part.is_floating_point() else part
+
+
+@final
+class Plain:
+    """Sends the tensor itself, zero-copy, in its own dtype."""
+
+    code = 0
+    num_parts = 1
+
+    def encode(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return (tensor,)
+
+    def decode(self, parts: tuple[Tensor, ...]) -> Tensor:
+        return parts[0]
+
+
+@final
+class Int8:
+    """Symmetric 8-bit integers with one float32 scale a sample: x ~ q * max|x| / 127."""
+
+    code = 3
+    num_parts = 2
+
+    def encode(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        largest = tensor.abs().flatten(1).amax(1)
+        scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+        shaped = scale.view(-1, *[1] * (tensor.ndim - 1))
+        return (tensor / shaped).round_().to(torch.int8), scale
+
+    def decode(self, parts: tuple[Tensor, ...]) -> Tensor:
+        quantised, scale = parts
+        return quantised.to(torch.float32) * scale.view(-1, *[1] * (quantised.ndim - 1))
+
+
+CODECS: dict[str, Codec] = {
+    "fp32": Plain(),
+    "bf16": Cast(1, torch.bfloat16),
+    "fp16": Cast(2, torch.float16),
+    "int8": Int8(),
+}
+
+
+def encode(codec: Codec, activation: Activation) -> tuple[Tensor, ...]:
+    """All wire tensors of an activation, detached: the parts of its first tensor, then of the next."""
+    tensors = activation if isinstance(activation, tuple) else (activation,)
+    return tuple(part for tensor in tensors for part in codec.encode(tensor.detach()))
+
+
+def decode(codec: Codec, parts: tuple[Tensor, ...]) -> Activation:
+    """The inverse of `encode`; a single tensor comes back as itself, not as a tuple of one."""
+    groups = [parts[i : i + codec.num_parts] for i in range(0, len(parts), codec.num_parts)]
+    tensors = tuple(codec.decode(group) for group in groups)
+    return tensors[0] if len(tensors) == 1 else tensors
+
+
+def roundtrip(codec: Codec, activation: Activation) -> Activation:
+    """What the receiver of `activation` would see."""
+    return decode(codec, encode(codec, activation))

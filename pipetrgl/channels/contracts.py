@@ -1,0 +1,77 @@
+"""What every channel promises: an inbox gives micro-batches in order, an outbox takes them and does not wait.
+
+    stage k: outbox ──── at most `capacity` micro-batches, first in first out ────▶ inbox: stage k + 1
+
+A micro-batch taken from an inbox may be read until the next one is taken: its slot is then used again. The receiver can
+never alter the sender's tensor. Waits end with an error when the alarm rings or a deadline passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol, final
+
+from torch import Tensor
+
+from pipetrgl.microbatch import MicroBatch
+
+
+class Inbox(Protocol):
+    """Where a stage takes its micro-batches from: the previous stage, or the data loader."""
+
+    @property
+    def waited_s(self) -> float:
+        """Total time that the consumer was blocked."""
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Micro-batches in order until the sender closes; raises the run's error if there is one."""
+
+    def close(self) -> None:
+        """Let go of threads and memory; safe to call twice."""
+
+
+class Outbox(Protocol):
+    """Where a stage puts what it hands on."""
+
+    @property
+    def waited_s(self) -> float:
+        """Total time that the producer was blocked because the receiver was behind."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """Payload bytes handed over, headers not counted."""
+
+    def send(self, micro_batch: MicroBatch) -> None:
+        """Hand over; blocks only while the receiver is `capacity` behind. The activation must not be changed after."""
+
+    def close(self) -> None:
+        """End the stream and wait until everything is delivered."""
+
+
+class ReplicaGroup(Protocol):
+    """The workers that hold the same stage."""
+
+    def average(self, gradients: Iterable[Tensor]) -> None:
+        """Replace each gradient by its mean over the group, weighted by rows; in place."""
+
+
+@final
+class NullOutbox:
+    """The last stage's outbox."""
+
+    waited_s = 0.0
+    sent_bytes = 0
+
+    def send(self, micro_batch: MicroBatch) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@final
+class OneReplica:
+    """A lone replica's group."""
+
+    def average(self, gradients: Iterable[Tensor]) -> None:
+        pass

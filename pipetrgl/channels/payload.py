@@ -1,0 +1,114 @@
+"""How payload tensors cross a link: the device's own line, gloo for CPU and NCCL for CUDA, behind one contract.
+
+The header of a micro-batch always travels on the CPU line first, and is taken only when the receiver has a free slot.
+So a delivered header is a credit, and these lines never send without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+# An expired wait would kill the connection for good, so gloo waits practically for ever: heartbeats decide who is dead.
+FOREVER = timedelta(days=365)
+_PAYLOAD_TAG = 1
+
+
+class PayloadLine(Protocol):
+    """One direction of one link; `post`, `before_use`, `after_use` run in the stage's thread, others in the link's."""
+
+    def post(self, parts: Sequence[Tensor]) -> Any:
+        """Make `parts` ready to go, right after the header was posted; returns what `complete` needs."""
+
+    def complete(self, posted: Any) -> None:
+        """The header was taken; return when `parts` may be freed."""
+
+    def fill(self, slot: int, buffers: Sequence[Tensor]) -> None:
+        """Receive into the buffers of a slot."""
+
+    def before_use(self, slot: int) -> None:
+        """Order the stage's computation after `fill`."""
+
+    def after_use(self, slot: int) -> None:
+        """The stage has queued its last use of the slot."""
+
+
+@final
+class GlooLine:
+    """CPU tensors. gloo sends are rendezvous: posting at once takes no memory there and saves a round trip."""
+
+    def __init__(self, group: ProcessGroup, peer: int) -> None:
+        self._group = group
+        self._peer = peer
+
+    def post(self, parts: Sequence[Tensor]) -> Any:
+        return [self._group.send([part], self._peer, _PAYLOAD_TAG) for part in parts]
+
+    def complete(self, posted: Any) -> None:
+        for work in posted:
+            work.wait(FOREVER)
+
+    def fill(self, slot: int, buffers: Sequence[Tensor]) -> None:
+        for work in [self._group.recv([buffer], self._peer, _PAYLOAD_TAG) for buffer in buffers]:
+            work.wait(FOREVER)
+
+    def before_use(self, slot: int) -> None:
+        pass
+
+    def after_use(self, slot: int) -> None:
+        pass
+
+
+@final
+class NcclLine:
+    """CUDA tensors on a side stream of this edge. Written from documentation; never run on a GPU yet (docs/gpu.md).
+
+    Ordering, sender: the stage's stream ─ event ready ─▶ side stream: send ─▶ event sent, awaited by the link's thread
+    before the tensor is let go. Receiver: side stream: [wait until the slot's last use is over] recv ─ event filled ─▶
+    the stage's stream. The stage's own thread never blocks on the device.
+    """
+
+    def __init__(self, group: ProcessGroup, peer: int, capacity: int, device: torch.device) -> None:
+        self._group = group
+        self._peer = peer
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._filled = [_event() for _ in range(capacity)]
+        self._used = [_event() for _ in range(capacity)]
+
+    def post(self, parts: Sequence[Tensor]) -> Any:
+        ready = _event()
+        ready.record(torch.cuda.current_stream(self._device))
+        return parts, ready
+
+    def complete(self, posted: Any) -> None:
+        parts, ready = posted
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            for part in parts:
+                self._group.send([part], self._peer, _PAYLOAD_TAG).wait()
+            sent = _event()
+            sent.record(self._stream)
+        sent.synchronize()  # in the link's thread, so `parts` outlive the copy without record_stream
+
+    def fill(self, slot: int, buffers: Sequence[Tensor]) -> None:
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._used[slot])  # an event never recorded is complete: the first lap passes
+            for buffer in buffers:
+                self._group.recv([buffer], self._peer, _PAYLOAD_TAG).wait()
+            self._filled[slot].record(self._stream)
+
+    def before_use(self, slot: int) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._filled[slot])
+
+    def after_use(self, slot: int) -> None:
+        self._used[slot].record(torch.cuda.current_stream(self._device))
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -1,0 +1,115 @@
+"""The command line: `pipetrgl train`, `validate`, `schema` and `report`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pipetrgl.blueprint import Blueprint, draw_up
+from pipetrgl.config.load import json_schema, load
+from pipetrgl.console import Progress, print_result
+from pipetrgl.errors import ConfigError, Interrupted, PipetrglError
+from pipetrgl.launchers.start import describe
+from pipetrgl.launchers.start import train as start_training
+from pipetrgl.studies.report import write_report
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Pipelined greedy training with a transport regulariser (TRGL).",
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML file, see configs/.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.epochs=3 model.cuts=[2,2]")]
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train a network in stages, each on its own worker."""
+    console = Console()
+    settings = load(config, overrides or [])
+    with Progress(console) as progress:
+        result = start_training(settings, progress.open)
+    if result is None:
+        return
+    print_result(console, result)
+    run = Path(result["run"])
+    if settings.run.report:
+        console.print(f"report: {_report_or_reason(run)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def validate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Check a config, its data set and its cuts without training; print the stages."""
+    settings = load(config, overrides or [])
+    blueprint = draw_up(settings, describe(settings))
+    print(outline(blueprint))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a config, for editors."""
+    print(json_schema())
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write report.html of a run, finished or not."""
+    print(write_report(run))
+
+
+def outline(blueprint: Blueprint) -> str:
+    """The stages of a run as text, one line each."""
+    itinerary, spec = blueprint.itinerary, blueprint.spec
+    lines = [
+        f"{blueprint.network.name} on {spec.name}: {spec.num_train:,} train, {spec.num_valid:,} valid, "
+        f"{spec.num_test:,} test images of {spec.image_shape}, {spec.num_classes} classes",
+        f"{itinerary.total_steps} steps, {itinerary.steps_per_epoch} an epoch",
+    ]
+    for stage in range(blueprint.num_stages):
+        blocks, head = blueprint.stage_parameters(stage)
+        names = [block.name for block in blueprint.blocks(stage)]
+        lines.append(
+            f"stage {stage}: {names[0]} .. {names[-1]} | {blueprint.input_shape(stage)} -> "
+            f"{blueprint.output_shape(stage)} | {blocks:,} parameters, head {head:,} | tau {blueprint.taus[stage]:g}"
+        )
+    return "\n".join([*lines, blueprint.world.draw()])
+
+
+def main() -> None:
+    """Run the command line; every deliberate error is one message on stderr and an exit code."""
+    code = _exit_code(app)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        # without waiting for threads that a failed run may have left in a broken link
+        os._exit(code)
+
+
+def _exit_code(command: Callable[[], object]) -> int:
+    try:
+        command()
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return Interrupted.exit_code
+    except PipetrglError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _report_or_reason(run: Path) -> str:
+    """A missing plotting library is no reason for a finished training to fail."""
+    try:
+        return str(write_report(run))
+    except ConfigError as error:
+        return f"not written, {error}"

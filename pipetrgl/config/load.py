@@ -1,0 +1,174 @@
+"""From a YAML file and `key=value` overrides to a checked Config, and back."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pipetrgl.config.explain import explain, plain, ruled_out, section_of
+from pipetrgl.config.inherit import merge, read, real
+from pipetrgl.config.schema import Config, Section
+from pipetrgl.config.source import (
+    MAX_DEPTH,
+    BrokenText,
+    Entry,
+    Origin,
+    Plain,
+    Problem,
+    add_plain_scalars,
+    parse,
+    printable,
+)
+from pipetrgl.errors import ConfigError
+
+_KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file, over the files it names under `defaults` and under the overrides.
+
+    Args:
+        overrides: such as "train.epochs=3" or "model.cuts=[2, 2]", values in YAML; a later one wins.
+    Raises:
+        ConfigError: every problem of the files and overrides, one row each with its place.
+    """
+    problems: list[Problem] = []
+    tree = read(path, problems)
+    for override in overrides:
+        tree = merge(tree, _override(override, problems))
+    tree = _with_absolute_root(tree)
+    config = None
+    try:
+        config = Config.model_validate(_without_empty_sections(plain(tree), Config))
+    except ValidationError as error:
+        incomplete = any(problem.hides_values for problem in problems)
+        problems.extend(problem for problem in explain(error, tree) if not (incomplete and problem.hides_values))
+    if problems or config is None:
+        raise ConfigError(_report(path, problems))
+    return config
+
+
+def _override(text: str, problems: list[Problem]) -> Entry:
+    """The tree that holds just this override's value; an empty one if it is malformed."""
+    empty = Entry({}, Origin(None))
+    key, equals, value = text.partition("=")
+    path = key.strip().split(".")
+    fault = ""
+    if not equals or not _KEY.fullmatch(key.strip()) or len(path) > MAX_DEPTH:
+        fault = "expected key=value, such as train.epochs=3"
+    elif path[0] == "defaults":
+        fault = "only a file can name its defaults"
+    else:
+        try:
+            found: list[Problem] = []
+            entry = parse(value, None, found)
+            fault = "; ".join(problem.text for problem in found)
+        except BrokenText as error:
+            fault = error.text
+    if fault:
+        problems.append(Problem(f"override {printable(text)!r}: {fault}", hides_values=True))
+        return empty
+    for part in reversed(path):
+        entry = Entry({part: entry}, Origin(None))
+    return entry
+
+
+def _with_absolute_root(tree: Entry) -> Entry:
+    """Read `data.root` from the folder of the file in which it is written, or from the working directory."""
+    data = tree.value.get("data") if isinstance(tree.value, dict) else None
+    root = data.value.get("root") if data and isinstance(data.value, dict) else None
+    if data is None or root is None or not isinstance(root.value, str) or not root.value:
+        return tree
+    folder = real(root.origin.file).parent if root.origin.file else Path.cwd()
+    absolute = os.path.abspath(folder / os.path.expanduser(root.value))
+    return merge(tree, Entry({"data": Entry({"root": Entry(absolute, root.origin)}, data.origin)}, tree.origin))
+
+
+def _without_empty_sections(content: Plain, section: type[Section]) -> Plain:
+    """A section with nothing below ("train:" alone) is one with every default, as an empty file is."""
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        return content
+    inner = {key: section_of(field) for key, field in section.model_fields.items()}
+    return {
+        key: _without_empty_sections(value, below) if (below := inner.get(key)) else value
+        for key, value in content.items()
+    }
+
+
+def _report(path: Path, problems: Sequence[Problem]) -> str:
+    main = real(path) if "\0" not in str(path) else path
+
+    def place(problem: Problem) -> tuple[int, str, int, str]:
+        """What a row starts with, behind what the rows are sorted by: this file, the inherited ones, the overrides."""
+        origin = problem.origin
+        if origin is None:
+            return 3, "", 0, ""
+        if origin.file is None:
+            return 2, "", 0, "override"
+        if origin.file == main:
+            return 0, "", origin.line, f"line {origin.line}"
+        name = os.path.relpath(origin.file, main.parent)
+        return 1, name, origin.line, f"{name}:{origin.line}"
+
+    rows = list(dict.fromkeys((*place(problem), problem.text) for problem in problems))
+    rows.sort(key=lambda row: row[:3])
+    width = max(len(start) for *_, start, _ in rows)
+    lines = [f"  {start:<{width}}   {text}" if start else f"  {text}" for *_, start, text in rows]
+    return "\n".join([f"{len(rows)} problem{'s' if len(rows) > 1 else ''} in {path}", *lines])
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+# On top of YAML 1.1's, so that text which either version would misread is quoted.
+add_plain_scalars(_Dumper)
+
+
+def dump(config: Config) -> str:
+    """The config as YAML with every value, as a run folder keeps it; loads to an equal Config.
+
+    Values that a rule forbids to write beside the others, such as tau with multipliers, are left out: defaults.
+    """
+    content = config.model_dump()
+    while True:
+        try:
+            again = Config.model_validate(content)
+            break
+        except ValidationError as error:
+            for *sections, key in ruled_out(error):
+                del functools.reduce(dict.__getitem__, sections, content)[key]
+    assert again == config, "a value that differs from its default was left out; was the config built without checks?"
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=1000)
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 in hex of all that changes what is trained, so that the workers of one run can compare."""
+    content = config.model_dump(exclude={"launcher", "run", "metrics", "trace"})
+    content["channel"] = {"codec": config.channel.codec}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def json_schema() -> str:
+    """JSON Schema of the file, for editors."""
+    schema = Config.model_json_schema()
+    name = {"type": "string", "minLength": 1}
+    defaults = {
+        "description": "Files to inherit from, relative to this one; a later file wins, and this one wins over all.",
+        "anyOf": [name, {"type": "array", "items": name}],
+    }
+    schema["properties"] = {"defaults": defaults, **schema["properties"]}
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2, allow_nan=False)

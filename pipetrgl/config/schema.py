@@ -1,0 +1,353 @@
+"""The only list of options and their defaults; knows nothing of torch, files or devices."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+StepSize = Annotated[float, Field(gt=0, allow_inf_nan=True)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of the file: unknown keys are errors, values never change once read, no silent conversions."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def _raise(faults: list[str]) -> None:
+    """End a validator with every fault found, each "field: what is wrong" with the field's path below the section."""
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+class DataConfig(Section):
+    """Where the images come from and how they are prepared; only stage 0 reads them."""
+
+    name: Literal[
+        "fashion_mnist_mini", "fashion_mnist", "mnist_idx", "cifar10", "cifar100", "stl10", "image_folder", "synthetic"
+    ] = "fashion_mnist_mini"
+    """The data set."""
+    root: Annotated[str, Field(min_length=1)] | None = None
+    """Folder with its files, relative to the config file; unset: $PIPETRGL_DATA, then the usual places."""
+    valid_fraction: Fraction = 0.1
+    """Share of the training images held out as the validation split: stratified by class, fixed by the seed."""
+    num_train: Positive | None = None
+    """Keep only this many training images, class-balanced, after the validation split is taken."""
+    crop_padding: NonNegative = 0
+    """Random crop after zero padding by this many pixels; 0 switches it off."""
+    flip: bool = False
+    """Random horizontal flip."""
+    image_size: Positive | None = None
+    """Resize and centre-crop to this size (image_folder only)."""
+    prefetch: Positive = 4
+    """Batches that the loader's thread prepares ahead of stage 0."""
+    shape: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)] = (3, 32, 32)
+    """Channels, height and width (synthetic only)."""
+    num_classes: Annotated[int, Field(ge=2)] = 10
+    """Number of classes (synthetic only)."""
+    samples: Positive = 2048
+    """Training images (synthetic only), valid_fraction included; samples / 8 more make the test split."""
+
+    @model_validator(mode="after")
+    def _only_where_used(self) -> DataConfig:
+        unused = [] if self.name == "synthetic" else sorted({"shape", "num_classes", "samples"} & self.model_fields_set)
+        faults = [f"{field}: only used with data.name: synthetic" for field in unused]
+        if self.image_size is not None and self.name != "image_folder":
+            faults.append("image_size: only used with data.name: image_folder")
+        _raise(faults)
+        return self
+
+
+class HeadConfig(Section):
+    """The auxiliary head of every stage."""
+
+    name: Literal["conv1", "linear1", "linear2", "linear3", "pool_linear", "conv1_fc2", "mlp_sr", "tokens"] = "conv1"
+    """Layers, as in docs/method.md."""
+    pool: Positive | None = None
+    """Side of the average pool of conv1; unset: 16 on maps of 48 or larger, 8 below, never above the map's own side."""
+
+
+class InitConfig(Section):
+    """Start weights, a function of (seed, block name)."""
+
+    name: Literal["orthogonal", "kaiming", "trunc_normal"] = "orthogonal"
+    """Of convolution and linear weights; biases start at 0, normalisation layers at 1 and 0."""
+    gain: PositiveFloat = 0.1
+    """Gain of orthogonal (the paper: 0.1, block-wise 0.05), or the standard deviation of trunc_normal."""
+
+
+class ModelConfig(Section):
+    """The network and where it is cut."""
+
+    name: Literal["resnet", "resnet_preact", "vgg", "mlp", "vit"] = "resnet"
+    """Family."""
+    depth: Positive = 14
+    """resnet: 6n + 2 (stem cifar16) or 18, 34, 50, 101, 152; resnet_preact, mlp, vit: blocks; vgg: 11, 13, 16, 19."""
+    stem: Literal["cifar16", "cifar", "imagenet", "tiny_imagenet"] = "cifar16"
+    """resnet: cifar16 is 3x3 to `width` channels with option-A shortcuts; cifar 3x3 s1; imagenet 7x7 s2 and max-pool;
+    tiny_imagenet 7x7 s2."""
+    width: Positive | None = None
+    """Channels of the first resolution group, hidden units of the MLP, or embedding size of the ViT; unset: the
+    family's usual."""
+    batch_norm: bool = True
+    """vgg and mlp: BatchNorm after each convolution or linear layer."""
+    patch: Positive = 4
+    """vit: side of a patch in pixels."""
+    num_heads: Positive | None = None
+    """vit: attention heads; unset: one for each 64 features, at least 1."""
+    dropout: Fraction = 0.0
+    """vit and mlp: dropout after each linear layer."""
+    drop_path: Fraction = 0.0
+    """vit: stochastic depth, rising linearly from 0 at the first block to this at the last."""
+    init: InitConfig = InitConfig()
+    head: HeadConfig = HeadConfig()
+    cuts: Literal["even", "parameters"] | list[Positive] | list[str] = "even"
+    """Blocks of each stage: even by count, even by parameters, a list of counts, or a list of each later stage's first
+    block."""
+
+
+class MultiplierConfig(Section):
+    """Uzawa's multipliers: the weight of the transport cost is 1 / lambda, and lambda grows by h * task loss."""
+
+    enabled: bool = False
+    """Use them in place of tau."""
+    initial: PositiveFloat = 1.0
+    """lambda_0, the same for every stage."""
+    step_size: PositiveFloat = 1.0
+    """h."""
+    every: Positive = 50
+    """Optimizer steps between two updates of lambda."""
+    on: Literal["task_loss", "unsmoothed_task_loss"] = "task_loss"
+    """With label smoothing the task loss never reaches 0 and lambda grows for ever; the unsmoothed one can."""
+
+
+class TransportConfig(Section):
+    """The regulariser: C / (2 tau), C the sum over blocks of their mean squared residuals."""
+
+    tau: StepSize | list[StepSize] = 1.0
+    """Step size; a scalar, a list with one value a stage, or .inf for plain greedy learning (VanGL)."""
+    half_rule: bool = False
+    """Stages i < K // 2 use tau / 2, the others tau, as in the authors' code; only with a scalar tau."""
+    kind: Literal["branch", "displacement", "stage"] = "branch"
+    """branch: r before the addition; displacement: T(x) - x of each block; stage: T_k(z) - z of the whole stage."""
+    norm: Literal["mean", "sum"] = "mean"
+    """mean over all elements, or sum over features and mean over the batch; published values of tau belong to mean."""
+    impl: Literal["auto", "autograd", "batchnorm"] = "auto"
+    """batchnorm computes the same cost without storing r, where a branch ends in BatchNorm; auto uses it there."""
+    multipliers: MultiplierConfig = MultiplierConfig()
+
+    @model_validator(mode="after")
+    def _no_silent_override(self) -> TransportConfig:
+        faults = []
+        if self.half_rule and isinstance(self.tau, list):
+            faults.append("half_rule: needs a scalar tau; a list already says each stage's own")
+        if self.multipliers.enabled and "tau" in self.model_fields_set:
+            faults.append("tau: has no effect while multipliers.enabled is true; remove one of them")
+        if self.impl == "batchnorm" and self.kind != "branch":
+            faults.append(f"impl: batchnorm is an identity for residual branches; kind is '{self.kind}'")
+        _raise(faults)
+        return self
+
+
+class ObjectiveConfig(Section):
+    """The local loss of a stage: task loss + transport cost / (2 tau)."""
+
+    name: Literal["trgl", "vangl"] = "trgl"
+    """trgl, or vangl: the task loss alone, the transport cost only measured."""
+    label_smoothing: Fraction = 0.0
+    """Of the cross-entropy."""
+    transport: TransportConfig = TransportConfig()
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the whole run, a function of the optimizer step alone."""
+
+    name: Literal["constant", "cosine", "one_cycle", "multistep"] = "constant"
+    """Shape."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """Linear warm-up from 0 (constant, cosine, multistep)."""
+    rise: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """one_cycle: share of the run in which the rate rises from lr / 25; it ends at lr / 10,000."""
+    milestones: list[PositiveFloat] = []
+    """multistep: epochs at which the rate is multiplied by `factor`."""
+    factor: PositiveFloat = 0.1
+    """multistep: what the rate is multiplied by."""
+
+
+class OptimConfig(Section):
+    """The optimizer of every stage, for its blocks and its head alike."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Table entry."""
+    lr: PositiveFloat = 0.003
+    """Learning rate; the peak of a schedule that rises."""
+    momentum: Fraction = 0.9
+    """sgd only."""
+    nesterov: bool = False
+    """sgd only."""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
+    """adam and adamw only."""
+    weight_decay: Annotated[float, Field(ge=0)] = 2e-4
+    """L2 for sgd and adam, decoupled for adamw."""
+    decay_vectors: bool = True
+    """Also decay 1-d parameters (biases, normalisation) and position tables."""
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+class TrainConfig(Section):
+    """How long, and in what portions."""
+
+    epochs: Positive = 8
+    """Passes over the training split."""
+    max_steps: Positive | None = None
+    """End after this many optimizer steps, wherever in an epoch that is."""
+    batch: Positive = 64
+    """Rows of one optimizer step."""
+    accumulate: Positive = 1
+    """Micro-batches that make one optimizer step."""
+    drop_last: bool = False
+    """Leave out the last, smaller batch of an epoch; a rest of one row is always left out, for BatchNorm has no
+    variance of it."""
+    deterministic: bool = True
+    """torch.use_deterministic_algorithms."""
+    threads: Positive = 1
+    """Intra-op threads of each worker; bit-equality over launchers is promised for 1."""
+
+    @model_validator(mode="after")
+    def _micro_batches_hold_rows(self) -> TrainConfig:
+        if self.accumulate > self.batch:
+            raise ValueError(f"accumulate: {self.accumulate} micro-batches cannot share {self.batch} rows")
+        return self
+
+
+class EvaluateConfig(Section):
+    """When the stream carries the validation and test splits; every head is scored."""
+
+    valid_every: Annotated[float, Field(ge=0)] = 1.0
+    """Epochs between two validations, 0.5 is twice an epoch; 0 switches them off."""
+    at_start: bool = False
+    """Also before the first step."""
+    test_at_end: bool = True
+    """The test split, once, after the last step."""
+    batch: Positive = 250
+    """Rows of an evaluation micro-batch."""
+
+
+class PipelineConfig(Section):
+    """How many stages, and on what they run."""
+
+    stages: Positive = 4
+    """K."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda gives each local worker one GPU of its node, in rank order."""
+
+
+class ChannelConfig(Section):
+    """The links between stages."""
+
+    capacity: Positive = 4
+    """Micro-batches that a link holds; 1 is a test value, 2 hides the link's time, 4 absorbs jitter."""
+    codec: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
+    """How an activation is written on the wire; part of the model, so the serial launcher applies it too."""
+    start_timeout_s: PositiveFloat = 120.0
+    """How long a worker waits for the others at start."""
+    wait_timeout_s: PositiveFloat = 1800.0
+    """Longest wait for one micro-batch; longer means that a neighbour hangs."""
+    heartbeat_s: PositiveFloat = 2.0
+    """Seconds between two signs of life of a worker."""
+    heartbeat_timeout_s: PositiveFloat = 30.0
+    """A worker silent for this long is taken for dead."""
+
+    @model_validator(mode="after")
+    def _several_beats_before_death(self) -> ChannelConfig:
+        if self.heartbeat_timeout_s < 2 * self.heartbeat_s:
+            dead, beat = self.heartbeat_timeout_s, self.heartbeat_s
+            raise ValueError(f"heartbeat_timeout_s: {dead:g} must be at least twice heartbeat_s ({beat:g})")
+        return self
+
+
+class LauncherConfig(Section):
+    """Who starts the workers."""
+
+    name: Literal["local", "threads", "serial", "torchrun"] = "local"
+    """local: processes on this machine; threads; serial: the plain loop; torchrun: this process is one rank (chosen by
+    itself under torchrun)."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of the local launcher's store; 0 takes a free one."""
+
+
+class MetricsConfig(Section):
+    """What is written down while training."""
+
+    every: Positive = 10
+    """Optimizer steps between two metrics rows of each stage."""
+
+
+class TraceConfig(Section):
+    """A window of steps whose compute, send and wait spans are recorded on every worker."""
+
+    first_step: NonNegative = 20
+    """First optimizer step of the window."""
+    num_steps: NonNegative = 20
+    """Length of the window; 0 records nothing."""
+
+
+class RunConfig(Section):
+    """Where a run leaves its files."""
+
+    name: str = "trgl"
+    """Start of the run folder's name."""
+    folder: str = "runs"
+    """Parent of the run folders, relative to the working directory."""
+    save_final: bool = True
+    """Write every stage's final weights."""
+    report: bool = True
+    """Write report.html when the run ends; needs the extra `plot`."""
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if name in ("", ".", "..") or any(c in "/\\" or not c.isprintable() for c in name):
+            raise ValueError(f"{name!r} cannot start a folder's name; expected printable text without / and \\")
+        return name
+
+
+class Config(Section):
+    """A reproducible run."""
+
+    seed: NonNegative = 0
+    """Every random stream is derived from it."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    pipeline: PipelineConfig = PipelineConfig()
+    channel: ChannelConfig = ChannelConfig()
+    launcher: LauncherConfig = LauncherConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    trace: TraceConfig = TraceConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _stages_agree(self) -> Config:
+        stages, tau, cuts = self.pipeline.stages, self.objective.transport.tau, self.model.cuts
+        faults = []
+        if isinstance(tau, list) and len(tau) != stages:
+            faults.append(f"objective.transport.tau: {len(tau)} values for pipeline.stages = {stages}")
+        if isinstance(cuts, list):
+            named = bool(cuts) and isinstance(cuts[0], str)
+            expected = stages - 1 if named else stages
+            if len(cuts) != expected:
+                what = "first blocks of the later stages" if named else "counts"
+                faults.append(f"model.cuts: {len(cuts)} {what} for pipeline.stages = {stages}; expected {expected}")
+        _raise(faults)
+        return self

@@ -1,0 +1,115 @@
+"""A data set: its specification, its channel statistics, its three splits of samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Images = NDArray[np.uint8]
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What every worker must know of the data, though only stage 0 reads it.
+
+    Attributes:
+        image_shape: channels, height, width.
+    """
+
+    name: str
+    num_train: int
+    num_valid: int
+    num_test: int
+    image_shape: tuple[int, int, int]
+    num_classes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, for JSON."""
+        return {**dataclasses.asdict(self), "image_shape": list(self.image_shape)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DataSpec:
+        channels, height, width = values["image_shape"]
+        return cls(**{**values, "image_shape": (channels, height, width)})
+
+
+class Samples(Protocol):
+    """The images of one split and their classes."""
+
+    @property
+    def labels(self) -> Indices:
+        """Class of every image, int64 (N,)."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Indices) -> Images:
+        """A fresh uint8 array (B, C, H, W) of the images at these indices."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySamples:
+    """Images that lie in memory, uint8 (N, C, H, W)."""
+
+    images: Images
+    labels: Indices
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: Indices) -> Images:
+        return self.images[indices]
+
+
+class SubsetSamples:
+    """Some of another split's images, without a copy: image i is the parent's image kept[i]."""
+
+    def __init__(self, parent: Samples, kept: Indices) -> None:
+        self._parent = parent
+        self._kept = kept
+        self.labels: Indices = parent.labels[kept]
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def read(self, indices: Indices) -> Images:
+        return self._parent.read(self._kept[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class Collection:
+    """A data set as published, before a validation split is held out of train.
+
+    Attributes:
+        mean, std: of each channel, of pixels scaled to [0, 1].
+    """
+
+    train: Samples
+    test: Samples
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set ready to train on.
+
+    Attributes:
+        mean, std: of each channel, of pixels scaled to [0, 1]; published constants, not computed here.
+    """
+
+    spec: DataSpec
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: Samples
+    valid: Samples
+    test: Samples

@@ -1,0 +1,170 @@
+"""The itinerary of a run: which rows travel in which micro-batch, from the first to the last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from pipetrgl.config.schema import EvaluateConfig, TrainConfig
+from pipetrgl.data.dataset import DataSpec
+from pipetrgl.errors import DataError
+from pipetrgl.microbatch import Split
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """One micro-batch before it holds any data.
+
+    Attributes:
+        first_row, end_row: rows of the epoch's order (train) or of the split as stored (valid, test).
+        row_start, batch_rows: its place within the step's batch; an evaluation counts as one batch, the whole split.
+
+    The others are those of MicroBatch.
+    """
+
+    split: Split
+    epoch: int
+    step: int
+    index: int
+    first_row: int
+    end_row: int
+    row_start: int
+    batch_rows: int
+    closes_step: bool
+    closes_split: bool
+
+    @property
+    def num_rows(self) -> int:
+        return self.end_row - self.first_row
+
+
+class Itinerary:
+    """The pure plan of a run's stream; every worker derives the same one from the config and the data's specification.
+
+        [valid] t t t t [valid] t t t t [valid] [test]       t: accumulate micro-batches of one optimizer step
+        at_start        valid_every      last step
+
+    Raises:
+        DataError: the training split is too small for one optimizer step.
+    """
+
+    def __init__(self, train: TrainConfig, evaluate: EvaluateConfig, spec: DataSpec) -> None:
+        self._train = train
+        self._evaluate = evaluate
+        self._spec = spec
+        num_full, rest = divmod(spec.num_train, train.batch)
+        # A rest of one row has no variance for BatchNorm.
+        self._rest = 0 if train.drop_last or rest == 1 else rest
+        self.steps_per_epoch = num_full + (self._rest > 0)
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"train.batch: the training split has {spec.num_train} images, too few for one step of {train.batch} "
+                f"rows{' with train.drop_last' if train.drop_last else ''}. Use a smaller batch or more images."
+            )
+        self.total_steps = train.epochs * self.steps_per_epoch
+        if train.max_steps is not None:
+            self.total_steps = min(self.total_steps, train.max_steps)
+
+    @cached_property
+    def num_stops(self) -> int:
+        """Micro-batches of the whole run."""
+        return self._num_stops_before(self.total_steps)
+
+    def stops(self, first_step: int = 0) -> Iterator[Stop]:
+        """Every micro-batch in order; from `first_step` > 0 on, the tail of the uninterrupted run with its indices.
+
+        What comes after step `first_step` - 1 and before step `first_step`, an evaluation, is not repeated.
+        """
+        index = self._num_stops_before(first_step) if first_step else 0
+        if first_step == 0:
+            yield from self._evaluations(0, index)
+            index += self._num_evaluation_stops(0)
+        for step in range(first_step, self.total_steps):
+            yield from self._step(step, index)
+            index += self._num_parts(step)
+            yield from self._evaluations(step + 1, index)
+            index += self._num_evaluation_stops(step + 1)
+
+    def _step(self, step: int, index: int) -> Iterator[Stop]:
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        batch_start = step_in_epoch * self._train.batch
+        rows, num_parts = self._num_rows(step), self._num_parts(step)
+        ends_epoch = step_in_epoch == self.steps_per_epoch - 1 or step == self.total_steps - 1
+        size, num_larger = divmod(rows, num_parts)
+        row = 0
+        for part in range(num_parts):
+            end = row + size + (part < num_larger)
+            last = part == num_parts - 1
+            yield Stop(
+                split=Split.TRAIN,
+                epoch=epoch,
+                step=step,
+                index=index + part,
+                first_row=batch_start + row,
+                end_row=batch_start + end,
+                row_start=row,
+                batch_rows=rows,
+                closes_step=last,
+                closes_split=last and ends_epoch,
+            )
+            row = end
+
+    def _evaluations(self, num_taken: int, index: int) -> Iterator[Stop]:
+        for split, num_rows in self._splits_after(num_taken):
+            for row in range(0, num_rows, self._evaluate.batch):
+                end = min(row + self._evaluate.batch, num_rows)
+                yield Stop(
+                    split=split,
+                    epoch=max(num_taken - 1, 0) // self.steps_per_epoch,
+                    step=num_taken,
+                    index=index,
+                    first_row=row,
+                    end_row=end,
+                    row_start=row,
+                    batch_rows=num_rows,
+                    closes_step=False,
+                    closes_split=end == num_rows,
+                )
+                index += 1
+
+    def _splits_after(self, num_taken: int) -> list[tuple[Split, int]]:
+        """The splits to evaluate, with their rows, once `num_taken` optimizer steps are taken; empty ones left out."""
+        splits: list[tuple[Split, int]] = []
+        if self._validates_after(num_taken):
+            splits.append((Split.VALID, self._spec.num_valid))
+        if num_taken == self.total_steps and self._evaluate.test_at_end:
+            splits.append((Split.TEST, self._spec.num_test))
+        return [(split, num_rows) for split, num_rows in splits if num_rows > 0]
+
+    def _validates_after(self, num_taken: int) -> bool:
+        """At step 0 if `at_start`, else at round(k * valid_every * steps_per_epoch) for k = 1, 2, .. or the end."""
+        if num_taken == 0:
+            return self._evaluate.at_start
+        period = self._evaluate.valid_every * self.steps_per_epoch
+        if period == 0:
+            return False
+        nearest = round(num_taken / period)
+        return num_taken == self.total_steps or any(
+            k >= 1 and round(k * period) == num_taken for k in (nearest - 1, nearest, nearest + 1)
+        )
+
+    def _num_rows(self, step: int) -> int:
+        is_rest = self._rest > 0 and (step + 1) % self.steps_per_epoch == 0
+        return self._rest if is_rest else self._train.batch
+
+    def _num_parts(self, step: int) -> int:
+        rows = self._num_rows(step)
+        if rows == self._train.batch:
+            return self._train.accumulate
+        # The smaller rest makes fewer micro-batches rather than single rows, of which BatchNorm has no variance.
+        return min(self._train.accumulate, rows // 2)
+
+    def _num_evaluation_stops(self, num_taken: int) -> int:
+        return sum(-(-num_rows // self._evaluate.batch) for _, num_rows in self._splits_after(num_taken))
+
+    def _num_stops_before(self, step: int) -> int:
+        """Micro-batches of the first `step` steps and of the evaluations before, between and after them."""
+        return self._num_evaluation_stops(0) + sum(
+            self._num_parts(taken) + self._num_evaluation_stops(taken + 1) for taken in range(step)
+        )

@@ -1,0 +1,56 @@
+"""The evaluation hook: task loss and accuracy of a stage's head over one pass of the validation or test split."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipetrgl.engine.metrics import Row, Sink
+from pipetrgl.microbatch import MicroBatch, Split
+from pipetrgl.stage import Stage, StageOutput
+
+
+@final
+class Evaluation:
+    """Rows of kind "valid" and "test", one when the last micro-batch of a pass has gone by.
+
+    The loss is the plain cross-entropy without label smoothing, so that it can be compared between configs.
+    """
+
+    def __init__(self, stage: Stage, sink: Sink) -> None:
+        self._stage = stage
+        self._sink = sink
+        self._sums: Tensor | None = None
+        self._rows = 0
+
+    def __call__(self, micro_batch: MicroBatch, output: StageOutput) -> None:
+        if micro_batch.split is Split.TRAIN:
+            return
+        target = micro_batch.target.to(output.logits.device)
+        loss = F.cross_entropy(output.logits, target, reduction="sum")
+        correct = (output.logits.argmax(-1) == target).sum().to(loss.dtype)
+        sums = torch.stack([loss, correct])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._rows += micro_batch.num_rows
+        if micro_batch.closes_split:
+            self._sink(self._row(micro_batch))
+            self._sums, self._rows = None, 0
+
+    def close(self) -> None:
+        pass
+
+    def _row(self, micro_batch: MicroBatch) -> Row:
+        assert self._sums is not None
+        loss, correct = self._sums.tolist()
+        return {
+            "kind": micro_batch.split.label,
+            "stage": self._stage.index,
+            "step": micro_batch.step,
+            "epoch": micro_batch.epoch,
+            "task_loss": loss / self._rows,
+            "accuracy": correct / self._rows,
+            "num_samples": self._rows,
+        }

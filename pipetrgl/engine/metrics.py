@@ -1,0 +1,171 @@
+"""The metrics hook: means of a stage's losses, accuracy, speed and waits, every n optimizer steps.
+
+Sums stay on the stage's device and are read once a row, so a step never waits for the device.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from pipetrgl.channels.contracts import Inbox, Outbox
+from pipetrgl.errors import DivergedError
+from pipetrgl.microbatch import MicroBatch, Split
+from pipetrgl.stage import Stage, StageOutput
+
+Row = dict[str, Any]
+Sink = Callable[[Row], None]
+
+logger = logging.getLogger(__name__)
+
+
+@final
+class TrainMetrics:
+    """Rows of kind "train"; see docs/results-format.md for every field.
+
+    Args:
+        stage: measured.
+        inbox, outbox: whose waits are reported.
+        sink: takes the rows.
+        every: optimizer steps between rows; the last row of the run may cover fewer.
+    """
+
+    def __init__(self, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink, every: int) -> None:
+        self._stage = stage
+        self._inbox = inbox
+        self._outbox = outbox
+        self._sink = sink
+        self._every = every
+        self._clock = _TrainClock(inbox, outbox)
+        self._sums: Tensor | None = None
+        self._cost_names: tuple[str, ...] = ()
+        self._rows = 0
+        self._last: MicroBatch | None = None
+
+    def __call__(self, micro_batch: MicroBatch, output: StageOutput) -> None:
+        if micro_batch.split is not Split.TRAIN:
+            self._clock.skip()
+            return
+        self._clock.count(micro_batch.num_rows)
+        loss, rows = output.loss, micro_batch.num_rows
+        target = micro_batch.target.to(output.logits.device)
+        correct = (output.logits.detach().argmax(-1) == target).sum()
+        parts = torch.stack([loss.total.detach(), loss.task, loss.transport, *loss.by_block])
+        sums = torch.cat([parts * rows, correct.to(parts.dtype).view(1)])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._cost_names = output.cost_names
+        self._rows += rows
+        self._last = micro_batch.carrying(torch.empty(0))
+        if micro_batch.closes_step and (micro_batch.step + 1) % self._every == 0:
+            self._write()
+
+    def close(self) -> None:
+        if self._rows:
+            self._write()
+        self._sink(self._clock.summary(self._stage))
+
+    def _write(self) -> None:
+        assert self._sums is not None
+        assert self._last is not None
+        local, task, transport, *by_block, correct = self._sums.tolist()
+        rows, step = self._rows, self._last.step + 1
+        if not all(map(_is_finite, (local, task, transport))):
+            raise DivergedError(
+                f"stage {self._stage.index}, between steps {step - self._every + 1} and {step}: the local loss is "
+                f"{local / rows} (task {task / rows}, transport {transport / rows}); "
+                "lower optim.lr, or raise objective.transport.tau"
+            )
+        row = {
+            "kind": "train",
+            "stage": self._stage.index,
+            "replica": 0,
+            "step": step,
+            "epoch": self._last.epoch,
+            "local_loss": local / rows,
+            "task_loss": task / rows,
+            "transport_cost": transport / rows,
+            "transport_cost_by_block": {
+                name: cost / rows for name, cost in zip(self._cost_names, by_block, strict=True)
+            },
+            "weight": float(self._stage.objective.weight.value()) if self._stage.objective.regularised else 0.0,
+            "accuracy": correct / rows,
+            "lr": self._stage.learning_rate,
+            **self._clock.since_last_row(),
+        }
+        self._sink(row)
+        logger.info(log_line(row, self._stage.num_stages))
+        self._sums, self._rows = None, 0
+
+
+@final
+class _TrainClock:
+    """Time of training micro-batches only, split into computing, waiting for input and waiting to send."""
+
+    def __init__(self, inbox: Inbox, outbox: Outbox) -> None:
+        self._inbox, self._outbox = inbox, outbox
+        self._mark = self._read()
+        self._total = [0.0, 0.0, 0.0, 0.0]  # seconds, inbox wait, outbox wait, images
+        self._at_last_row = [0.0, 0.0, 0.0, 0.0]
+        self._first = True
+
+    def _read(self) -> tuple[float, float, float]:
+        return time.perf_counter(), self._inbox.waited_s, self._outbox.waited_s
+
+    def skip(self) -> None:
+        self._mark = self._read()
+
+    def count(self, images: int) -> None:
+        now = self._read()
+        if not self._first:  # the first micro-batch holds the fill of the pipeline and all warm-up
+            for part in range(3):
+                self._total[part] += now[part] - self._mark[part]
+            self._total[3] += images
+        self._first = False
+        self._mark = now
+
+    def since_last_row(self) -> Row:
+        seconds, waited, send_waited, images = (
+            now - then for now, then in zip(self._total, self._at_last_row, strict=True)
+        )
+        self._at_last_row = list(self._total)
+        return {"images_per_s": _ratio(images, seconds), "wait_share": _ratio(waited + send_waited, seconds)}
+
+    def summary(self, stage: Stage) -> Row:
+        seconds, waited, send_waited, images = self._total
+        return {
+            "kind": "summary",
+            "stage": stage.index,
+            "num_steps": stage.num_updates,
+            "train_s": seconds,
+            "images_per_s": _ratio(images, seconds),
+            "wait_share": _ratio(waited, seconds),
+            "send_wait_share": _ratio(send_waited, seconds),
+            "compute_share": _ratio(seconds - waited - send_waited, seconds),
+            "bytes_sent": self._outbox.sent_bytes,
+        }
+
+
+def log_line(row: Row, num_stages: int) -> str:
+    """A train row as one line: `s1/4 r0/1 step 1200 | local 1.832 (task 1.790, transport 0.041) | ...`."""
+    rate = "-" if row["images_per_s"] is None else f"{row['images_per_s']:.0f}"
+    wait = "-" if row["wait_share"] is None else f"{100 * row['wait_share']:.0f} %"
+    weighted = row["local_loss"] - row["task_loss"]
+    return (
+        f"s{row['stage']}/{num_stages} r{row['replica']}/1 step {row['step']} | local {row['local_loss']:.3f} "
+        f"(task {row['task_loss']:.3f}, transport {weighted:.3f}) | head acc {100 * row['accuracy']:.1f} % | "
+        f"{rate} img/s | waited {wait}"
+    )
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    """None where there is nothing to divide by: an absent value is never shown as a number."""
+    return part / whole if whole > 0 else None
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0.0

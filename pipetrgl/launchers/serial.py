@@ -1,0 +1,47 @@
+"""The serial launcher: the algorithm as written, a plain `for` over stages in one process.
+
+This is the reference that every other launcher must equal bit for bit, and what the authors' scripts do.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pipetrgl.channels.codecs import CODECS, roundtrip
+from pipetrgl.channels.contracts import NullOutbox
+from pipetrgl.engine.metrics import Sink
+from pipetrgl.microbatch import Split
+from pipetrgl.worker import Job, build_hooks, build_loader, build_stage, configure_torch, peak_rss_bytes
+
+
+def launch(job: Job, sink: Sink) -> None:
+    """Train all stages here, one after another on every micro-batch."""
+    blueprint = job.blueprint
+    configure_torch(blueprint.config.train)
+    codec = CODECS[blueprint.config.channel.codec]
+    device = torch.device(blueprint.config.pipeline.device)
+    stages = [build_stage(blueprint, index, device) for index in range(blueprint.num_stages)]
+    loader = build_loader(job)
+    hooks = [build_hooks(job, stage, loader, NullOutbox(), sink) for stage in stages]
+    try:
+        for micro_batch in loader:
+            for stage, watchers in zip(stages, hooks, strict=True):
+                train = micro_batch.split is Split.TRAIN
+                output = stage.forward(micro_batch, train)
+                # Computed before this stage's update, from the weights that made `output`, as a pipeline would.
+                handed_on = roundtrip(codec, output.activation)
+                if train:
+                    stage.backward(output, micro_batch)
+                    if micro_batch.closes_step:
+                        stage.update()
+                for hook in watchers:
+                    hook(micro_batch, output)
+                micro_batch = micro_batch.carrying(handed_on)
+                del output, handed_on  # nothing of stage k stays alive while stage k + 1 runs
+    finally:
+        loader.close()
+    for watchers in hooks:
+        for hook in watchers:
+            hook.close()
+    for stage in stages:
+        sink({"kind": "memory", "stage": stage.index, "peak_rss_bytes": peak_rss_bytes()})

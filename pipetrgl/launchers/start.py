@@ -1,0 +1,160 @@
+"""From a config to a finished run folder, by whichever launcher the config names."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipetrgl.blueprint import Blueprint, draw_up
+from pipetrgl.config.load import config_hash, dump
+from pipetrgl.config.schema import Config
+from pipetrgl.data import catalogue
+from pipetrgl.data.dataset import DataSpec
+from pipetrgl.engine.checkpoint import write_atomically
+from pipetrgl.engine.metrics import Row, Sink
+from pipetrgl.errors import ConfigError, Interrupted, LaunchError, PipetrglError
+from pipetrgl.launchers import local, serial, threads, torchrun
+from pipetrgl.recorder import Recorder
+from pipetrgl.worker import Job
+
+Display = Callable[[Row], None]
+_IN_THIS_PROCESS: dict[str, Callable[[Job, Sink], None]] = {
+    "serial": serial.launch,
+    "threads": threads.launch,
+    "local": local.launch,
+}
+
+
+def describe(config: Config) -> DataSpec:
+    """Sizes and shapes of the data set; reads it.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    return catalogue.load(config.data, config.seed, dict(os.environ)).spec
+
+
+def train(config: Config, open_display: Callable[[Blueprint, Path], Display]) -> Row | None:
+    """Run a training from beginning to end.
+
+    Args:
+        config: validated.
+        open_display: given blueprint and run folder, returns what sees every row; called in the leading process only.
+    Returns:
+        The result, as in result.json, or None on a rank that does not lead.
+    Raises:
+        PipetrglError: the run's first error; the run folder has been brought in order.
+    """
+    _require_device(config)
+    if torchrun.is_torchrun() and config.launcher.name in ("local", "torchrun"):
+        return _train_rank(config, open_display)
+    if config.launcher.name == "torchrun":
+        torchrun.join()  # explains how to start it
+    blueprint = draw_up(config, describe(config))
+    run = make_run_folder(config)
+    job = Job(blueprint, run, dict(os.environ))
+    recorder = Recorder(run, blueprint, open_display(blueprint, run))
+    launch = _IN_THIS_PROCESS[config.launcher.name]
+    return _lead(recorder, config.launcher.name, lambda: launch(job, recorder))
+
+
+def _train_rank(config: Config, open_display: Callable[[Blueprint, Path], Display]) -> Row | None:
+    me = torchrun.join()
+    timeout_s = config.channel.start_timeout_s
+    spec = torchrun.shared_spec(me, lambda: describe(config), timeout_s)
+    blueprint = draw_up(config, spec)
+    blueprint.world.require_size(me.world_size)
+    run = torchrun.shared_run(me, lambda: make_run_folder(config), timeout_s)
+    job = Job(blueprint, run, dict(os.environ))
+    if not me.leads:
+        torchrun.launch(job, me, _discard)
+        return None
+    recorder = Recorder(run, blueprint, open_display(blueprint, run))
+    return _lead(recorder, "torchrun", lambda: torchrun.launch(job, me, recorder))
+
+
+def _lead(recorder: Recorder, launcher: str, launch: Callable[[], None]) -> Row:
+    """Launch, and leave a result whatever happens."""
+    try:
+        launch()
+    except (KeyboardInterrupt, Interrupted) as error:
+        recorder.finish("interrupted", launcher, environment(), str(error) or "interrupted")
+        raise Interrupted(str(error) or "interrupted") from error
+    except PipetrglError as error:
+        recorder.finish("failed", launcher, environment(), str(error))
+        raise
+    except BaseException as error:
+        recorder.finish("failed", launcher, environment(), f"{type(error).__name__}: {error}")
+        raise
+    return recorder.finish("done", launcher, environment())
+
+
+def make_run_folder(config: Config) -> Path:
+    """`runs/<name>-<UTC>-<hash4>` with the resolved config and the environment; never an existing folder.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    time = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
+    name = f"{config.run.name}-{time}-{config_hash(config)[:4]}"
+    try:
+        for attempt in range(1000):
+            run = Path(config.run.folder).absolute() / (name if attempt == 0 else f"{name}-{attempt}")
+            try:
+                run.mkdir(parents=True)
+                break
+            except FileExistsError:
+                if run.parent.is_dir():
+                    continue
+                raise
+        write_atomically(run / "config.yaml", dump(config).encode())
+        write_atomically(run / "env.json", json.dumps(environment(), indent=2).encode())
+    except OSError as error:
+        raise ConfigError(f"run.folder: cannot write to '{config.run.folder}': {error.strerror}") from error
+    return run
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for result.json and env.json."""
+    return {
+        "pipetrgl": importlib.metadata.version("pipetrgl"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpu_count": os.cpu_count(),
+        "git_sha": _git_sha(),
+        "command": sys.argv,
+    }
+
+
+def _git_sha() -> str | None:
+    """Of the source tree that this package runs from; None for an installed wheel."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _require_device(config: Config) -> None:
+    if config.pipeline.device == "cuda" and not torch.cuda.is_available():
+        raise LaunchError("pipeline.device: 'cuda', but torch finds no CUDA device here; use pipeline.device=cpu")
+
+
+def _discard(row: Row) -> None:
+    """A rank that does not lead keeps no books: its rows go through the store."""

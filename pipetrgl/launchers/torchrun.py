@@ -1,0 +1,126 @@
+"""The torchrun launcher: this process is one rank of a world that torchrun started, on this machine or on many."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import final
+
+import torch
+
+from pipetrgl.blueprint import Blueprint
+from pipetrgl.channels.alarm import Alarm
+from pipetrgl.channels.board import Board
+from pipetrgl.channels.c10d import PrefixStore, Store, rendezvous
+from pipetrgl.channels.connect import address_towards
+from pipetrgl.data.dataset import DataSpec
+from pipetrgl.engine.metrics import Sink
+from pipetrgl.errors import LaunchError
+from pipetrgl.launchers.process import Collector, Membership, end_on_signals, run_process
+from pipetrgl.logs import log_to_stderr
+from pipetrgl.worker import Job
+
+_POLL_S = 0.2
+
+
+@final
+@dataclass(frozen=True)
+class Rank:
+    """This process's place in torchrun's world."""
+
+    store: Store
+    rank: int
+    world_size: int
+
+    @property
+    def leads(self) -> bool:
+        """Rank 0 keeps the run folder's books and talks to the user."""
+        return self.rank == 0
+
+    def agree_on(self, name: str, make: Callable[[], dict[str, object]], timeout_s: float) -> dict[str, object]:
+        """A note that rank 0 makes and every rank gets."""
+        board = Board(self.store)
+        if self.leads:
+            board.post(name, make())
+        note: dict[str, object] = board.read(name, timeout_s, Alarm(), "rank 0 to start; see its error")
+        return note
+
+
+def is_torchrun() -> bool:
+    """Whether torchrun, or a scheduler that sets the same variables, started this process."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def join() -> Rank:
+    """Reach the store of torchrun's agent; its keys carry the attempt, so a restart starts from a clean slate.
+
+    Raises:
+        LaunchError: not started by torchrun, or its store cannot be reached.
+    """
+    if not is_torchrun():
+        raise LaunchError("launcher.name: 'torchrun' runs under torchrun: torchrun --nproc-per-node K -m pipetrgl ...")
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=60)))
+    except RuntimeError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise LaunchError(f"cannot reach torchrun's store at {where}: {str(error).splitlines()[0]}") from error
+    return Rank(PrefixStore("pipetrgl", store), rank, world_size)
+
+
+def launch(job: Job, me: Rank, sink: Sink) -> None:
+    """Train this rank's stage; on rank 0 also collect everybody's rows into `sink`.
+
+    Raises:
+        PipetrglError: the first error of any rank.
+    """
+    end_on_signals()
+    blueprint = job.blueprint
+    blueprint.world.require_size(me.world_size)
+    place = blueprint.world.place(me.rank)
+    log_to_stderr()
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    member = Membership(me.store, place, _device(blueprint), address_towards(host, port))
+    if not me.leads:
+        run_process(job, member)
+        return
+    collector = Collector(Board(me.store.clone()), me.world_size, sink)
+    stop = threading.Event()
+    thread = threading.Thread(target=_collect, args=(collector, stop), name="collector", daemon=True)
+    thread.start()
+    try:
+        run_process(job, member)
+        # the others end within the time that the last micro-batches take to pass
+        thread.join(blueprint.config.channel.wait_timeout_s)
+    finally:
+        stop.set()
+        thread.join(5.0)
+
+
+def _collect(collector: Collector, stop: threading.Event) -> None:
+    while not collector.complete and not stop.wait(_POLL_S):
+        collector.poll()
+    collector.poll()
+
+
+def _device(blueprint: Blueprint) -> torch.device:
+    if blueprint.config.pipeline.device == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def shared_spec(me: Rank, describe: Callable[[], DataSpec], timeout_s: float) -> DataSpec:
+    """The data specification as rank 0 reads it: no other rank needs the data."""
+    return DataSpec.from_dict(me.agree_on("spec", lambda: describe().to_dict(), timeout_s))
+
+
+def shared_run(me: Rank, make: Callable[[], Path], timeout_s: float) -> Path:
+    """The run folder that rank 0 made; on another machine the same path is created."""
+    run = Path(str(me.agree_on("run", lambda: {"run": str(make())}, timeout_s)["run"]))
+    run.mkdir(parents=True, exist_ok=True)
+    return run

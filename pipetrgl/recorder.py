@@ -1,0 +1,133 @@
+"""The recorder: gathers the rows of all workers into `metrics.jsonl`, and into `result.json` at the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, final
+
+from pipetrgl.blueprint import Blueprint
+from pipetrgl.engine.checkpoint import write_atomically, write_manifest
+from pipetrgl.engine.metrics import Row
+
+_KEPT = {"train", "valid", "test", "log"}
+
+
+@final
+class Recorder:
+    """A sink for rows; lives in the process that leads the run.
+
+    Args:
+        run: the run folder.
+        blueprint: of the run.
+        display: sees every row as well, to show progress.
+    """
+
+    def __init__(self, run: Path, blueprint: Blueprint, display: Callable[[Row], None]) -> None:
+        self._run = run
+        self._blueprint = blueprint
+        self._display = display
+        self._metrics = (run / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._stages: list[dict[str, Row]] = [{} for _ in range(blueprint.num_stages)]
+        self._events: list[dict[str, Any]] = []
+        self._files: list[tuple[str, str]] = []
+        self._start = time.perf_counter()
+
+    def __call__(self, row: Row) -> None:
+        kind = row["kind"]
+        if kind in _KEPT:
+            self._metrics.write(json.dumps(row) + "\n")
+        if kind == "trace":
+            self._events.extend(row["events"])
+        elif kind == "file":
+            self._files.append((row["file"], row["sha256"]))
+        else:
+            self._stages[row["stage"]][kind] = row
+        self._display(row)
+
+    def finish(self, status: str, launcher: str, environment: dict[str, Any], error: str | None = None) -> Row:
+        """Write `trace.json`, the checkpoint's manifest and `result.json`; returns the result.
+
+        Args:
+            status: "done", "interrupted" or "failed".
+            launcher: that ran.
+            environment: versions and machine.
+            error: the message of the failure.
+        """
+        self._metrics.close()
+        if self._events:
+            trace = {"traceEvents": self._events, "displayTimeUnit": "ms"}
+            write_atomically(self._run / "trace.json", json.dumps(trace).encode())
+        if len(self._files) == self._blueprint.num_stages:
+            folder = (self._run / self._files[0][0]).parent
+            files = [(Path(file).name, digest) for file, digest in self._files]
+            write_manifest(folder, files, self._blueprint.config_hash)
+        result = self._result(status, launcher, environment, error)
+        write_atomically(self._run / "result.json", json.dumps(result, indent=2).encode())
+        return result
+
+    def _result(self, status: str, launcher: str, environment: dict[str, Any], error: str | None) -> Row:
+        stages = [self._stage(index) for index in range(self._blueprint.num_stages)]
+        valid = [stage["valid_accuracy"] for stage in stages]
+        rates = [stage["images_per_s"] for stage in stages if stage["images_per_s"] is not None]
+        times = [stage["train_s"] for stage in stages if stage["train_s"] is not None]
+        return {
+            "schema": 1,
+            "command": "train",
+            "status": status,
+            "name": self._blueprint.config.run.name,
+            "run": str(self._run),
+            "launcher": launcher,
+            "model": self._blueprint.network.name,
+            "data": self._blueprint.spec.name,
+            "config_hash": self._blueprint.config_hash,
+            "num_stages": len(stages),
+            "num_steps": max(stage["num_steps"] for stage in stages),
+            "total_steps": self._blueprint.itinerary.total_steps,
+            "num_parameters": {
+                "stages": [stage["num_parameters"] for stage in stages],
+                "heads": [stage["head_parameters"] for stage in stages],
+            },
+            "wall_s": time.perf_counter() - self._start,
+            "train_s": max(times, default=None),
+            "images_per_s": min(rates, default=None),
+            "stages": stages,
+            # chosen on the validation split; the test split is only reported
+            "best_head": max(range(len(valid)), key=lambda k: (valid[k], k)) if None not in valid else None,
+            "last_head": len(stages) - 1,
+            "environment": environment,
+            "error": error,
+        }
+
+    def _stage(self, index: int) -> Row:
+        rows, blueprint = self._stages[index], self._blueprint
+        train, summary = rows.get("train", {}), rows.get("summary", {})
+        blocks, head = blueprint.stage_parameters(index)
+        return {
+            "stage": index,
+            "blocks": [block.name for block in blueprint.blocks(index)],
+            "num_parameters": blocks,
+            "head_parameters": head,
+            "tau": _finite(blueprint.taus[index]),
+            "num_steps": summary.get("num_steps", train.get("step", 0)),
+            "valid_accuracy": rows.get("valid", {}).get("accuracy"),
+            "valid_loss": rows.get("valid", {}).get("task_loss"),
+            "test_accuracy": rows.get("test", {}).get("accuracy"),
+            "test_loss": rows.get("test", {}).get("task_loss"),
+            **{name: train.get(name) for name in ("local_loss", "task_loss", "transport_cost")},
+            "transport_cost_by_block": train.get("transport_cost_by_block", {}),
+            **{
+                name: summary.get(name)
+                for name in (
+                    "train_s", "images_per_s", "compute_share", "wait_share", "send_wait_share", "bytes_sent",
+                )
+            },
+            "peak_rss_bytes": rows.get("memory", {}).get("peak_rss_bytes"),
+        }  # fmt: skip
+
+
+def _finite(value: float) -> float | str:
+    """JSON has no infinity."""
+    return value if value != float("inf") else "inf"

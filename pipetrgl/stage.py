@@ -1,0 +1,172 @@
+"""A stage: consecutive blocks with their auxiliary head, local objective and optimizer, on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, final
+
+import torch
+from torch import Tensor, nn
+
+from pipetrgl.blocks import BlockOutput, BlockSpec
+from pipetrgl.channels.contracts import ReplicaGroup
+from pipetrgl.microbatch import Activation, MicroBatch
+from pipetrgl.objective import LocalLoss, StageObjective
+from pipetrgl.seeds import derive
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What a stage's forward gives.
+
+    Attributes:
+        activation: T_k(z), with graph while training; the loop detaches it before it leaves.
+        logits: F_k(T_k(z)), (N, classes).
+        loss: the local loss on this micro-batch, with graph while training.
+        cost_names: the block of each entry of `loss.by_block`.
+    """
+
+    activation: Tensor
+    logits: Tensor
+    loss: LocalLoss
+    cost_names: tuple[str, ...]
+
+
+class Reseed(Protocol):
+    """Gives every stochastic layer of a block its seed for one micro-batch."""
+
+    def __call__(self, module: nn.Module, seed: int, row_start: int, batch_rows: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class StageParts:
+    """Everything that a stage is made of; see `worker.build_stage`."""
+
+    index: int
+    num_stages: int
+    specs: Sequence[BlockSpec]
+    blocks: Sequence[nn.Module]
+    head: nn.Module
+    objective: StageObjective
+    optimizer: torch.optim.Optimizer
+    learning_rate: Callable[[int], float]
+    replicas: ReplicaGroup
+    reseed: Reseed
+    seed: int
+    device: torch.device
+
+
+@final
+class Stage:
+    """Trains its own blocks and head on what comes in; no gradient ever leaves it.
+
+    z (detached) ─▶ blocks T_k ─▶ activation ─▶ next stage
+                                      └──▶ head F_k ─▶ logits ─▶ local loss ─▶ backward ─▶ update
+    """
+
+    def __init__(self, parts: StageParts) -> None:
+        self.index = parts.index
+        self.num_stages = parts.num_stages
+        self.specs = tuple(parts.specs)
+        self.blocks = tuple(parts.blocks)
+        self.head = parts.head
+        self.objective = parts.objective
+        self.optimizer = parts.optimizer
+        self.device = parts.device
+        self.num_updates = 0
+        self._learning_rate = parts.learning_rate
+        self._replicas = parts.replicas
+        self._reseed = parts.reseed
+        self._seed = parts.seed
+        counted = [position for position, spec in enumerate(self.specs) if spec.counted]
+        self._first_counted, self._last_counted = counted[0], counted[-1]
+
+    def forward(self, micro_batch: MicroBatch, train: bool) -> StageOutput:
+        """Run blocks, head and local loss.
+
+        Args:
+            micro_batch: activation (N, ...) and target (N,), on any device.
+            train: train mode with graph, and dropout seeded by (seed, block, step); else eval mode without graph.
+        """
+        for module in (*self.blocks, self.head):
+            module.train(train)
+        with torch.set_grad_enabled(train):
+            activation, names, costs = self._run_blocks(micro_batch, train)
+            logits = self.head(activation)
+            target = micro_batch.target.to(self.device, non_blocking=True)
+            if train and micro_batch.row_start == 0 and self.objective.adapts:
+                self.objective.observe(logits, target, micro_batch.step)
+            loss = self.objective.local_loss(logits, target, costs)
+        return StageOutput(activation, logits, loss, names)
+
+    def backward(self, output: StageOutput, micro_batch: MicroBatch) -> None:
+        """Add the local loss's gradient, weighted by this micro-batch's share of the step's rows."""
+        total = output.loss.total
+        if micro_batch.num_rows != micro_batch.batch_rows:
+            total = total * (micro_batch.num_rows / micro_batch.batch_rows)
+        total.backward()  # type: ignore[no-untyped-call]
+
+    def update(self) -> None:
+        """One optimizer step of blocks and head, at the schedule's rate for it."""
+        self._replicas.average(p.grad for _, p in self.named_parameters() if p.grad is not None)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.num_updates += 1
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        return self._learning_rate(self.num_updates)
+
+    @property
+    def last_block(self) -> str:
+        """Name of the last counted block: the place in the network where the head sits."""
+        return self.specs[self._last_counted].name
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Blocks by state-dict prefix, then the head; names do not depend on K."""
+        yield from ((spec.prefix, block) for spec, block in zip(self.specs, self.blocks, strict=True))
+        yield f"heads.{self.last_block}.", self.head
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for prefix, module in self.named_modules():
+            yield from ((prefix + name, parameter) for name, parameter in module.named_parameters())
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and buffers by network name, and the objective's multiplier; no copies."""
+        state: dict[str, Tensor] = {}
+        for prefix, module in self.named_modules():
+            state.update({prefix + name: tensor for name, tensor in module.state_dict().items()})
+        objective = self.objective.weight.state().items()
+        return state | {f"objective.{self.last_block}.{name}": tensor for name, tensor in objective}
+
+    def _run_blocks(self, micro_batch: MicroBatch, train: bool) -> tuple[Tensor, tuple[str, ...], list[Tensor]]:
+        x = _moved(micro_batch.activation, self.device)
+        names: list[str] = []
+        costs: list[Tensor] = []
+        start = x
+        for position, (spec, block) in enumerate(zip(self.specs, self.blocks, strict=True)):
+            if train:
+                seed = derive(self._seed, "dropout", spec.name, micro_batch.step)
+                self._reseed(block, seed, micro_batch.row_start, micro_batch.batch_rows)
+            if position == self._first_counted:
+                start = x
+            output: BlockOutput = block(x)
+            cost = self.objective.measure(x, output)
+            x = output.activation
+            if position == self._last_counted and cost is None:
+                cost = self.objective.measure_stage(start, x)
+            if cost is not None:
+                names.append(spec.name)
+                costs.append(cost)
+        return x, tuple(names), costs
+
+
+def _moved(activation: Activation, device: torch.device) -> Tensor:
+    # A block that takes several tensors gets the tuple; the annotation says Tensor because every block here takes one.
+    if isinstance(activation, tuple):
+        return tuple(tensor.to(device, non_blocking=True) for tensor in activation)  # type: ignore[return-value]
+    return activation.to(device, non_blocking=True)

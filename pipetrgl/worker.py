@@ -1,0 +1,157 @@
+"""The worker: builds one stage with its loader, links and hooks, and runs the loop; every launcher's one call."""
+
+from __future__ import annotations
+
+import functools
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from pipetrgl import optim
+from pipetrgl.blueprint import Blueprint
+from pipetrgl.channels.contracts import Inbox, NullOutbox, OneReplica, Outbox
+from pipetrgl.config.schema import TrainConfig
+from pipetrgl.data import catalogue
+from pipetrgl.data.dataset import Dataset
+from pipetrgl.data.loader import Loader
+from pipetrgl.engine import loop
+from pipetrgl.engine.checkpoint import SaveFinal
+from pipetrgl.engine.evaluate import Evaluation
+from pipetrgl.engine.guard import StabilityGuard
+from pipetrgl.engine.metrics import Sink, TrainMetrics
+from pipetrgl.engine.phases import Parallel
+from pipetrgl.engine.trace import Trace, TracedInbox, TracedOutbox, TracedStage, TraceHook
+from pipetrgl.models import stochastic
+from pipetrgl.models.init import initialise
+from pipetrgl.objective import StageObjective
+from pipetrgl.seeds import torch_stream
+from pipetrgl.stage import Stage, StageParts
+from pipetrgl.world import Place
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run as every worker of it knows it.
+
+    Attributes:
+        blueprint: config, data specification and cuts.
+        run: the run folder.
+        environ: read for $PIPETRGL_DATA only.
+    """
+
+    blueprint: Blueprint
+    run: Path
+    environ: dict[str, str]
+
+    def dataset(self) -> Dataset:
+        config = self.blueprint.config
+        return catalogue.load(config.data, config.seed, self.environ)
+
+
+class Links(Protocol):
+    """How one worker reaches its neighbours; asked for the inbox first, so that links come up in rank order."""
+
+    def inbox(self, stage: int) -> Inbox: ...
+
+    def outbox(self, stage: int) -> Outbox: ...
+
+    @property
+    def clock_offset_s(self) -> float: ...
+
+
+def run_worker(job: Job, place: Place, links: Links, sink: Sink, device: torch.device) -> None:
+    """Train one stage from the first micro-batch to the last.
+
+    Raises:
+        PipetrglError: the first error of any worker of the run.
+    """
+    blueprint, last = job.blueprint, place.stage == job.blueprint.num_stages - 1
+    configure_torch(blueprint.config.train)
+    stage = build_stage(blueprint, place.stage, device)
+    inbox = build_loader(job) if place.stage == 0 else links.inbox(place.stage)
+    try:
+        outbox = NullOutbox() if last else links.outbox(place.stage)
+        trace = blueprint.config.trace
+        spans = Trace(trace.first_step, trace.num_steps, place.rank, f"stage {place.stage}", links.clock_offset_s)
+        hooks = [*build_hooks(job, stage, inbox, outbox, sink), TraceHook(spans, place.stage, sink)]
+        loop.run(TracedStage(stage, spans), TracedInbox(inbox, spans), TracedOutbox(outbox, spans), Parallel(), hooks)
+        sink({"kind": "memory", "stage": place.stage, "peak_rss_bytes": peak_rss_bytes()})
+    finally:
+        inbox.close()
+
+
+def build_stage(blueprint: Blueprint, index: int, device: torch.device) -> Stage:
+    """One stage with its start weights, which are a function of (seed, block name) alone."""
+    config, init = blueprint.config, blueprint.config.model.init
+    specs = blueprint.blocks(index)
+    blocks = [spec.build() for spec in specs]
+    for spec, block in zip(specs, blocks, strict=True):
+        initialise(block, init, torch_stream(config.seed, "weights", spec.name))
+    head = blueprint.head(index)
+    last = [spec.name for spec in specs if spec.counted][-1]
+    initialise(head, init, torch_stream(config.seed, "head", last))
+    for module in (*blocks, head):
+        module.to(device)
+    named = [
+        (prefix + name, parameter)
+        for prefix, module in [*((spec.prefix, block) for spec, block in zip(specs, blocks, strict=True)), ("", head)]
+        for name, parameter in module.named_parameters()
+    ]
+    itinerary = blueprint.itinerary
+    return Stage(
+        StageParts(
+            index=index,
+            num_stages=blueprint.num_stages,
+            specs=specs,
+            blocks=blocks,
+            head=head,
+            objective=StageObjective(config.objective, blueprint.taus[index], device),
+            optimizer=optim.build(config.optim, named),
+            learning_rate=functools.partial(
+                _learning_rate, blueprint, itinerary.steps_per_epoch, itinerary.total_steps
+            ),
+            replicas=OneReplica(),
+            reseed=stochastic.reseed,
+            seed=config.seed,
+            device=device,
+        )
+    )
+
+
+def build_loader(job: Job) -> Loader:
+    """Stage 0's inbox."""
+    config = job.blueprint.config
+    return Loader(job.dataset(), job.blueprint.itinerary, config.data, config.seed)
+
+
+def build_hooks(job: Job, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink) -> Sequence[loop.Hook]:
+    """What looks at every micro-batch, in order."""
+    config = job.blueprint.config
+    momentum = config.optim.momentum if config.optim.name == "sgd" else 0.0
+    hooks: list[loop.Hook] = [
+        StabilityGuard(stage, optim.peak_rate(config.optim), momentum),
+        TrainMetrics(stage, inbox, outbox, sink, config.metrics.every),
+        Evaluation(stage, sink),
+    ]
+    if config.run.save_final:
+        hooks.append(SaveFinal(stage, job.run, sink))
+    return hooks
+
+
+def configure_torch(config: TrainConfig) -> None:
+    """Threads and determinism of this process."""
+    torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(config.deterministic)
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident memory that this process ever had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _learning_rate(blueprint: Blueprint, steps_per_epoch: int, total_steps: int, step: int) -> float:
+    return optim.learning_rate(blueprint.config.optim, step, steps_per_epoch, total_steps)

@@ -1,0 +1,194 @@
+"""When something goes wrong: the first error of any worker ends the run everywhere, with that error, within seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipetrgl.channels.alarm import Alarm
+from pipetrgl.channels.board import Board
+from pipetrgl.channels.c10d import TCPStore
+from pipetrgl.channels.heartbeat import Heartbeat
+from pipetrgl.config.load import dump
+from pipetrgl.errors import DivergedError, LaunchError, LinkError
+from pipetrgl.microbatch import MicroBatch
+from pipetrgl.stage import Stage, StageOutput
+from tests.equivalence.runs import run, tiny
+
+
+class Pipeline:
+    """`pipetrgl train` as a user runs it, in a process of its own."""
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        # long enough to be still running when the test strikes
+        config = tiny("mlp", folder / "runs", pipeline={"stages": 3}, train={"max_steps": 100_000, "epochs": 10_000})
+        (folder / "config.yaml").write_text(dump(config))
+        command = [sys.executable, "-m", "pipetrgl", "train", "config.yaml", *overrides]
+        self.folder = folder
+        self.process = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    @property
+    def run(self) -> Path:
+        (run,) = (self.folder / "runs").iterdir()
+        return run
+
+    def workers(self) -> list[int]:
+        """Process ids of the stages, in order."""
+        found = subprocess.run(
+            ["pgrep", "-f", f"pipetrgl.launchers.local {self.folder}"], capture_output=True, text=True, check=False
+        )
+        return sorted(map(int, found.stdout.split()))
+
+    def wait_until_training(self) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            files = list(self.folder.glob("runs/*/metrics.jsonl"))
+            if files and '"stage": 2' in files[0].read_text():
+                return
+            assert self.process.poll() is None, self.process.stderr.read() if self.process.stderr else ""
+            time.sleep(0.1)
+        raise AssertionError("did not start to train")
+
+    def finish(self) -> tuple[int, str]:
+        """Exit code and stderr, after all processes have gone."""
+        _, errors = self.process.communicate(timeout=60)
+        assert self.workers() == []
+        return self.process.returncode, errors
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_killed_worker_ends_the_run_and_is_named(tmp_path: Path, stage: int) -> None:
+    pipeline = Pipeline(tmp_path)
+    pipeline.wait_until_training()
+    os.kill(pipeline.workers()[stage], signal.SIGKILL)
+    code, errors = pipeline.finish()
+    assert code == 3
+    assert f"stage {stage} (rank {stage}), process" in errors
+    assert "was killed by SIGKILL" in errors
+    assert "Traceback" not in errors
+    result = json.loads((pipeline.run / "result.json").read_text())
+    assert result["status"] == "failed"
+    assert f"stage {stage}" in result["error"]
+
+
+def test_a_stopped_worker_is_named_when_its_heartbeat_stays_away(tmp_path: Path) -> None:
+    pipeline = Pipeline(tmp_path, "channel.heartbeat_s=0.2", "channel.heartbeat_timeout_s=2")
+    pipeline.wait_until_training()
+    os.kill(pipeline.workers()[1], signal.SIGSTOP)
+    code, errors = pipeline.finish()
+    assert code == 3
+    assert "stage 1 (rank 1) has given no sign of life for 2 s" in errors
+
+
+def test_ctrl_c_ends_every_worker_and_leaves_a_usable_run_folder(tmp_path: Path) -> None:
+    pipeline = Pipeline(tmp_path)
+    pipeline.wait_until_training()
+    start = time.monotonic()
+    os.kill(pipeline.process.pid, signal.SIGINT)
+    code, errors = pipeline.finish()
+    assert code == 130
+    assert errors == "error: interrupted\n"
+    assert time.monotonic() - start < 30  # "within seconds", on a machine that may be busy
+    result = json.loads((pipeline.run / "result.json").read_text())
+    assert result["status"] == "interrupted"
+    assert result["num_steps"] > 0
+    subprocess.run([sys.executable, "-m", "pipetrgl", "report", str(pipeline.run)], check=True, capture_output=True)
+    assert (pipeline.run / "report.html").exists()
+
+
+def test_workers_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
+    pipeline = Pipeline(tmp_path)
+    pipeline.wait_until_training()
+    os.kill(pipeline.process.pid, signal.SIGKILL)
+    pipeline.process.communicate(timeout=30)
+    deadline = time.monotonic() + 30
+    while pipeline.workers() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert pipeline.workers() == []
+
+
+def test_a_worker_that_dies_at_start_is_named_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nif sys.argv[-2:-1] == ['1'] or '1' in sys.orig_argv[-2:-1]: raise SystemExit('broken')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))  # the launcher hands its own module path to the workers
+    with pytest.raises(LaunchError, match=r"stage 1 \(rank 1\), process \d+, ended with exit code 1 before it could say"):
+        run(tiny("mlp", tmp_path, pipeline={"stages": 3}))
+
+
+def test_a_port_in_use_is_one_clear_message(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(LaunchError, match=f"launcher.port: cannot listen on port {port}: it is in use"):
+            run(tiny("mlp", tmp_path, pipeline={"stages": 2}, launcher={"port": port}))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_an_error_in_one_thread_ends_the_others(tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = Stage.update
+
+    def fail_at(self: Stage) -> None:
+        if (self.index, self.num_updates) == (stage, 7):
+            raise ValueError(f"injected into stage {stage}")
+        update(self)
+
+    monkeypatch.setattr(Stage, "update", fail_at)
+    with pytest.raises(ValueError, match=f"injected into stage {stage}"):
+        run(tiny("mlp", tmp_path, pipeline={"stages": 3}, launcher={"name": "threads"}))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Stage.forward
+
+    def poison(self: Stage, micro_batch: MicroBatch, train: bool) -> StageOutput:
+        if self.index == 1:
+            micro_batch = micro_batch.carrying(micro_batch.activation * float("nan"))
+        return forward(self, micro_batch, train)
+
+    monkeypatch.setattr(Stage, "forward", poison)
+    with pytest.raises(DivergedError, match="stage 1, between steps 1 and 5: the local loss is nan"):
+        run(tiny("mlp", tmp_path, pipeline={"stages": 2}, launcher={"name": "threads"}))
+
+
+def test_an_error_in_the_loader_reaches_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipetrgl.data import loader
+
+    def broken(*arguments: object) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(loader, "normalise", broken)
+    with pytest.raises(OSError, match="the disk is gone"):
+        run(tiny("mlp", tmp_path, pipeline={"stages": 2}, launcher={"name": "threads"}))
+
+
+def test_a_lost_store_rings_the_alarm() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = TCPStore("127.0.0.1", store.port, is_master=False)
+    alarm = Alarm()
+    heartbeat = Heartbeat(client, 0, {}, 0.05, 1.0, alarm)
+    heartbeat.start()
+    del store
+    deadline = time.monotonic() + 10
+    while not alarm.rang and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with pytest.raises(LaunchError, match="lost the run's store"):
+        alarm.check()
+    heartbeat.stop()
+
+
+def test_a_missing_note_is_waited_for_until_the_deadline() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(LinkError, match="waited 0 s for stage 2 to start"):
+        Board(store).read("worker/2", 0.1, Alarm(), "stage 2 to start")
