@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
+from pipetrgl.blueprint import draw_up
 from pipetrgl.channels.contracts import Inbox, NullOutbox
 from pipetrgl.config.load import load
 from pipetrgl.config.schema import Config
-from pipetrgl.blueprint import draw_up
 from pipetrgl.engine import loop
 from pipetrgl.engine.phases import Parallel
 from pipetrgl.launchers.start import describe, environment
@@ -78,9 +78,7 @@ def rate_of(launcher: str, folder: Path) -> tuple[float, list[float]]:
 
 
 def rate_alone(index: int) -> float:
-    done = subprocess.run(
-        [sys.executable, __file__, "--alone", str(index)], check=True, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, __file__, "--alone", str(index)], check=True, capture_output=True, text=True)
     return float(done.stdout)
 
 

@@ -46,6 +46,8 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
+        """Beat once before returning, so that whoever opens a link to this worker later has a beat to miss."""
+        self._board.store.set(_key(self._rank), "1")
         self._thread.start()
 
     def stop(self) -> None:
@@ -54,7 +56,7 @@ class Heartbeat:
         self._thread.join()
 
     def _run(self) -> None:
-        count = 0
+        count = 1
         next_beat = 0.0
         try:
             while not self._stop.wait(min(0.25, self._interval_s)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -21,7 +22,7 @@ _NOUNS: dict[object, tuple[str, str]] = {
     float: ("a number", "numbers"),
     str: ("a string", "strings"),
 }
-_BOUNDS = {"gt": "greater than {}", "ge": "of at least {}", "lt": "below {}", "le": "of at most {}"}
+_BOUNDS = {"gt": "greater than {}", "ge": "at least {}", "lt": "below {}", "le": "at most {}"}
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
@@ -145,7 +146,10 @@ def _wrong_value(value: Plain, field: FieldInfo) -> str:
     expected = describe(kind)
     if type(value) not in {accepted for arm in arms for accepted in _accepts(arm)}:
         return f"{_is_a(value)}; expected {expected}"
-    fault = "is out of range" if isinstance(value, int | float) else "is not allowed"
+    if isinstance(value, float) and not math.isfinite(value):
+        fault = "is not a number" if math.isnan(value) else "is not finite"
+    else:
+        fault = "is out of range" if isinstance(value, int | float) else "is not allowed"
     return f"{show(value)} {fault}; expected {expected}"
 
 
@@ -188,7 +192,7 @@ def describe(kind: Any, plural: bool = False) -> str:
         return f"a list of {len(args)} {describe(args[0], plural=True)}"
     if origin is list:
         return f"a list of {describe(args[0], plural=True)}"
-    return "nothing" if kind is types.NoneType else _NOUNS[kind][plural]
+    return "null" if kind is types.NoneType else _NOUNS[kind][plural]
 
 
 def _bounds(metadata: Sequence[Any]) -> str:
@@ -197,9 +201,10 @@ def _bounds(metadata: Sequence[Any]) -> str:
     texts = [
         text.format(getattr(limit, name)) for limit in flat for name, text in _BOUNDS.items() if hasattr(limit, name)
     ]
-    infinite = " or .inf" if any(getattr(limit, "allow_inf_nan", False) for limit in flat) else ""
+    first = " of " if texts and texts[0].startswith("at ") else " " if texts else ""
+    infinite = " (or .inf)" if any(getattr(limit, "allow_inf_nan", False) for limit in flat) else ""
     filled = " that is not empty" if any(hasattr(limit, "min_length") for limit in flat) else ""
-    return f"{' ' if texts else ''}{' and '.join(texts)}{infinite}{filled}"
+    return f"{first}{' and '.join(texts)}{infinite}{filled}"
 
 
 _TYPES = {bool: "a bool", int: "an int", float: "a float", str: "a str", list: "a list", dict: "a mapping"}

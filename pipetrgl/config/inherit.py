@@ -36,11 +36,11 @@ def real(path: Path) -> Path:
 def read(path: Path, problems: list[Problem]) -> Entry:
     """The mapping in `path` merged over its defaults; what cannot be read is noted and counts as empty."""
     try:
-        text = _text(path)
+        content = _content(path, path)
     except _Unreadable as error:
         problems.append(Problem(f"the file {error}", hides_values=True))
         return Entry({}, Origin(path, 1))
-    return _Files(problems).read(real(path), text, ())
+    return _Files(problems).read(real(path), content, ())
 
 
 class _Files:
@@ -50,8 +50,8 @@ class _Files:
         self.problems = problems
         self.done: dict[Path, Entry] = {}
 
-    def read(self, file: Path, text: bytes, chain: tuple[Path, ...]) -> Entry:
-        top = self._parse(file, text)
+    def read(self, file: Path, content: bytes, chain: tuple[Path, ...]) -> Entry:
+        top = self._parse(file, content)
         if not isinstance(top.value, dict):
             return top
         defaults = top.value.pop("defaults", None)
@@ -96,7 +96,7 @@ class _Files:
                 self._fault(entry, f"more than {MAX_FILES_DEEP} files deep")
                 return empty
             if base not in self.done:
-                self.done[base] = self.read(base, _text(path), chain)
+                self.done[base] = self.read(base, _content(path, Path(name)), chain)
             return self.done[base]
         except (_Unreadable, ValueError, RuntimeError) as error:  # the latter two: a NUL, an unknown ~user
             self._fault(entry, f"{name!r} {error if isinstance(error, _Unreadable) else 'is no file name'}")
@@ -106,12 +106,13 @@ class _Files:
         self.problems.append(Problem(f"defaults: {text}", entry.origin, hides_values=True))
 
 
-def _text(path: Path) -> bytes:
+def _content(path: Path, written: Path) -> bytes:
+    """The bytes of a file, which the user wrote as `written`."""
     try:
         with path.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise _Unreadable(f"does not exist{_similar(path)}") from None
+        raise _Unreadable(f"does not exist{_similar(path, written)}") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise _Unreadable(f"cannot be read: {reason.lower()}") from None
@@ -120,12 +121,12 @@ def _text(path: Path) -> bytes:
     return content
 
 
-def _similar(path: Path) -> str:
+def _similar(path: Path, written: Path) -> str:
     if not path.parent.is_dir():
-        return f"; there is no folder {str(path.parent)!r}"
+        return f"; there is no folder {str(written.parent)!r}"
     names = sorted(file.name for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml"))
     matches = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f". Did you mean '{path.parent / matches[0]}'?" if matches else ""
+    return f". Did you mean '{written.parent / matches[0]}'?" if matches else ""
 
 
 def _decode(content: bytes) -> str:

@@ -26,7 +26,6 @@ from pipetrgl.config.source import (
     Problem,
     add_plain_scalars,
     parse,
-    printable,
 )
 from pipetrgl.errors import ConfigError
 
@@ -75,7 +74,8 @@ def _override(text: str, problems: list[Problem]) -> Entry:
         except BrokenText as error:
             fault = error.text
     if fault:
-        problems.append(Problem(f"override {printable(text)!r}: {fault}", hides_values=True))
+        shown = text if len(text) <= 60 else f"{text[:57]}..."
+        problems.append(Problem(f"override {shown!r}: {fault}", hides_values=True))
         return empty
     for part in reversed(path):
         entry = Entry({part: entry}, Origin(None))
@@ -129,10 +129,17 @@ def _report(path: Path, problems: Sequence[Problem]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
+    """Sections as blocks, lists on one line."""
+
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def inline(self, data: Sequence[Any]) -> yaml.Node:
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 
+
+_Dumper.add_representer(list, _Dumper.inline)
+_Dumper.add_representer(tuple, _Dumper.inline)
 # On top of YAML 1.1's, so that text which either version would misread is quoted.
 add_plain_scalars(_Dumper)
 
@@ -151,12 +158,14 @@ def dump(config: Config) -> str:
             for *sections, key in ruled_out(error):
                 del functools.reduce(dict.__getitem__, sections, content)[key]
     assert again == config, "a value that differs from its default was left out; was the config built without checks?"
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=1000)
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True, width=1000)
 
 
 def config_hash(config: Config) -> str:
     """SHA-256 in hex of all that changes what is trained, so that the workers of one run can compare."""
     content = config.model_dump(exclude={"launcher", "run", "metrics", "trace"})
+    # a data set may be mounted elsewhere on another machine
+    del content["data"]["root"], content["data"]["prefetch"]
     content["channel"] = {"codec": config.channel.codec}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

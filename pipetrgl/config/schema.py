@@ -10,6 +10,7 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 StepSize = Annotated[float, Field(gt=0, allow_inf_nan=True)]
+Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -34,7 +35,7 @@ class DataConfig(Section):
         "fashion_mnist_mini", "fashion_mnist", "mnist_idx", "cifar10", "cifar100", "stl10", "image_folder", "synthetic"
     ] = "fashion_mnist_mini"
     """The data set."""
-    root: Annotated[str, Field(min_length=1)] | None = None
+    root: Folder | None = None
     """Folder with its files, relative to the config file; unset: $PIPETRGL_DATA, then the usual places."""
     valid_fraction: Fraction = 0.1
     """Share of the training images held out as the validation split: stratified by class, fixed by the seed."""
@@ -304,7 +305,7 @@ class RunConfig(Section):
 
     name: str = "trgl"
     """Start of the run folder's name."""
-    folder: str = "runs"
+    folder: Folder = "runs"
     """Parent of the run folders, relative to the working directory."""
     save_final: bool = True
     """Write every stage's final weights."""
@@ -342,12 +343,12 @@ class Config(Section):
         stages, tau, cuts = self.pipeline.stages, self.objective.transport.tau, self.model.cuts
         faults = []
         if isinstance(tau, list) and len(tau) != stages:
-            faults.append(f"objective.transport.tau: {len(tau)} values for pipeline.stages = {stages}")
+            faults.append(f"objective.transport.tau: {len(tau)} given; pipeline.stages = {stages} needs one a stage")
         if isinstance(cuts, list):
             named = bool(cuts) and isinstance(cuts[0], str)
             expected = stages - 1 if named else stages
             if len(cuts) != expected:
-                what = "first blocks of the later stages" if named else "counts"
-                faults.append(f"model.cuts: {len(cuts)} {what} for pipeline.stages = {stages}; expected {expected}")
+                what = "first blocks, one of each later stage" if named else "counts, one a stage"
+                faults.append(f"model.cuts: {len(cuts)} given; pipeline.stages = {stages} needs {expected} {what}")
         _raise(faults)
         return self

@@ -5,6 +5,7 @@ YAML 1.2's plain scalars are used in place of PyYAML's 1.1: 3e-4 is a float, `on
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ _PATTERNS = {_TAG + name: pattern for name, _, pattern in _PLAIN_SCALARS}
 def add_plain_scalars(resolver: type[yaml.resolver.BaseResolver]) -> None:
     """Teach a loader or dumper which unquoted words are not text."""
     for name, first, pattern in _PLAIN_SCALARS:
-        resolver.add_implicit_resolver(_TAG + name, re.compile(f"(?:{pattern.pattern})$"), list(first))
+        resolver.add_implicit_resolver(_TAG + name, re.compile(rf"(?:{pattern.pattern})\Z"), list(first))
 
 
 class _Loader(yaml.SafeLoader):
@@ -106,27 +107,25 @@ class _Tree:
         self.problems = problems
         self.num_values = 0
 
-    def entry(self, node: yaml.Node, path: tuple[str, ...], line: int) -> Entry:
+    def entry(self, node: yaml.Node, path: tuple[str, ...], line: int) -> Entry | None:
+        """The entry of a node; None if its fault has been noted."""
         self.num_values += 1
         if self.num_values > MAX_VALUES:
             raise BrokenText(f"more than {MAX_VALUES} values; aliases of aliases?", line)
         if len(path) > MAX_DEPTH:
             raise BrokenText(f"nested deeper than {MAX_DEPTH} levels; does an alias contain itself?", line)
-        value: Scalar | list[Entry] | dict[str, Entry] = None
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
-            value = self._mapping(node, path)
-        elif isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
-            value = [self.entry(item, (*path, str(i)), _line(item)) for i, item in enumerate(node.value)]
-        else:
-            try:
-                if not isinstance(node, yaml.ScalarNode):
-                    raise ValueError
-                value = _scalar(node)
-            except ValueError:
-                tag = node.tag.replace(_TAG, "!!")
-                text = f" {printable(node.value)}" if isinstance(node, yaml.ScalarNode) else ""
-                self._fault(path, f"cannot read '{printable(tag)}{text}'; use plain values", line)
-        return Entry(value, Origin(self.file, line))
+            return Entry(self._mapping(node, path), Origin(self.file, line))
+        if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+            items = [self.entry(item, (*path, str(i)), _line(item)) for i, item in enumerate(node.value)]
+            good = [item for item in items if item]
+            return Entry(good, Origin(self.file, line)) if len(good) == len(items) else None
+        if isinstance(node, yaml.ScalarNode):
+            with contextlib.suppress(ValueError):
+                return Entry(_scalar(node), Origin(self.file, line))
+        text = f"{node.tag.replace(_TAG, '!!')} {node.value if isinstance(node, yaml.ScalarNode) else ''}".strip()
+        self._fault(path, f"cannot read '{printable(text)}'; use plain values", line)
+        return None
 
     def _mapping(self, node: yaml.MappingNode, path: tuple[str, ...]) -> dict[str, Entry]:
         own: dict[str, Entry] = {}
@@ -148,7 +147,8 @@ class _Tree:
                 kind = key_node.tag.removeprefix(_TAG)
                 self._fault(path, f"the key '{printable(key)}' is of type {kind}; a key must be a name", line)
             else:
-                own[key] = self.entry(value_node, (*path, key), line)
+                entry = self.entry(value_node, (*path, key), line)
+                own |= {key: entry} if entry else {}
         return merged | own
 
     def _merged(self, node: yaml.Node, path: tuple[str, ...], line: int) -> dict[str, Entry]:
@@ -157,16 +157,16 @@ class _Tree:
         result: dict[str, Entry] = {}
         for source in sources:
             # One level deeper, so that a mapping merged into itself meets the limit.
-            value = self.entry(source, (*path, "<<"), line).value
-            if isinstance(value, dict):
-                result = value | result
+            entry = self.entry(source, (*path, "<<"), line)
+            if entry and isinstance(entry.value, dict):
+                result = entry.value | result
             else:
                 self._fault((*path, "<<"), "expected an alias of a mapping, such as *anchor", line)
         return result
 
     def _fault(self, path: tuple[str, ...], text: str, line: int) -> None:
         place = f"{dotted(path)}: " if path else ""
-        self.problems.append(Problem(place + text, Origin(self.file, line)))
+        self.problems.append(Problem(place + text, Origin(self.file, line), hides_values=True))
 
 
 def _line(node: yaml.Node) -> int:
@@ -184,8 +184,29 @@ _CAUSES = {
     "expected <block end>, but found '<block mapping start>'": "the indentation fits no line above",
     "expected <block end>, but found '<block sequence start>'": "the indentation fits no line above",
     "expected <block end>, but found '-'": "a list where a key was expected",
-    "expected a single document in the stream": "a second document (---); one file is one config",
+    "but found another document": "a second document (---); one file is one config",
+    "found unexpected end of stream": "a quote that is not closed",
+    "second occurrence": "an anchor (&) that is defined twice",
 }
+_JARGON = {
+    "'<stream end>'": "the end of the file",
+    "expected <block end>, but found": "a surplus",
+    "that cannot start any token": "that cannot start a value; quote it",
+    "the node content": "a value",
+    "'<scalar>'": "value",
+}
+
+
+def _cause(error: yaml.MarkedYAMLError) -> tuple[str, int]:
+    problem = error.problem or error.context or "syntax error"
+    mark = error.problem_mark or error.context_mark
+    # What never ends is noticed at the end of the file; what the user looks for is where it begins.
+    if "end>'" in problem or "end of stream" in problem or "find expected ':'" in problem:
+        mark = error.context_mark or mark
+    text = _CAUSES.get(problem, problem)
+    for jargon, words in _JARGON.items():
+        text = text.replace(jargon, words)
+    return f"not valid YAML: {text}", mark.line + 1 if mark else 1
 
 
 def _compose(text: str) -> yaml.Node | None:
@@ -197,18 +218,15 @@ def _compose(text: str) -> yaml.Node | None:
     try:
         return _Loader(text).get_single_node()
     except yaml.MarkedYAMLError as error:
-        problem = error.problem or error.context or "syntax error"
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
-        raise BrokenText(f"not valid YAML: {_CAUSES.get(problem, problem)}", line) from None
+        raise BrokenText(*_cause(error)) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         shown = error.character if isinstance(error.character, int) else ord(error.character)
         raise BrokenText(f"not valid YAML: unprintable character 0x{shown:02x}; is this a text file?", line) from None
     except RecursionError:
         raise BrokenText(f"nested deeper than {MAX_DEPTH} levels", 1) from None
-    except ValueError as error:  # PyYAML lets some through, for example of a chr() beyond Unicode
-        raise BrokenText(f"not valid YAML: {error}", 1) from None
+    except (ValueError, OverflowError):  # PyYAML lets them through, for example of the escape U99999999
+        raise BrokenText("not valid YAML: an escape or version number out of range", 1) from None
 
 
 def parse(text: str, file: Path | None, problems: list[Problem]) -> Entry:
@@ -223,4 +241,4 @@ def parse(text: str, file: Path | None, problems: list[Problem]) -> Entry:
     node = _compose(text)
     if node is None:
         return Entry(None, Origin(file, 1))
-    return _Tree(file, problems).entry(node, (), _line(node))
+    return _Tree(file, problems).entry(node, (), _line(node)) or Entry(None, Origin(file, 1))

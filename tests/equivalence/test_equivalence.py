@@ -10,8 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
+from pipetrgl.blueprint import draw_up
 from pipetrgl.config.load import dump
+from pipetrgl.launchers.start import describe
+from pipetrgl.microbatch import Split
+from pipetrgl.worker import Job, build_loader, build_stage
 from tests.equivalence.runs import MODELS, assert_equal_runs, run, tiny, weights
 
 Serial = Callable[[str, int], Path]
@@ -99,20 +105,31 @@ def test_infinite_tau_equals_plain_greedy_learning_bit_for_bit(tmp_path: Path) -
     assert any(not weights(trgl)[name].equal(tensor) for name, tensor in weights(vangl).items())
 
 
-def test_start_weights_of_a_block_do_not_depend_on_the_number_of_stages(tmp_path: Path) -> None:
-    def start(stages: int) -> dict[str, object]:
-        # a learning rate at which float32 weights cannot move, and one step
-        config = tiny(
-            "resnet", tmp_path / str(stages), pipeline={"stages": stages}, launcher={"name": "serial"},
-            optim={"lr": 1e-30, "weight_decay": 0.0}, train={"max_steps": 1},
-        )  # fmt: skip
-        state = weights(run(config))
-        return {name: tensor for name, tensor in state.items() if "running" not in name and "num_batches" not in name}
+@pytest.mark.parametrize("model", MODELS)
+def test_start_weights_of_a_block_do_not_depend_on_the_number_of_stages(tmp_path: Path, model: str) -> None:
+    def start(stages: int) -> dict[str, Tensor]:
+        config = tiny(model, tmp_path, pipeline={"stages": stages})
+        blueprint = draw_up(config, describe(config))
+        state: dict[str, Tensor] = {}
+        for index in range(stages):
+            state |= build_stage(blueprint, index, torch.device("cpu")).state()
+        return state
 
     one, four = start(1), start(4)
-    shared = one.keys() & four.keys()
-    assert {name for name in one if not name.startswith("heads.")} <= shared
-    assert all(one[name].equal(four[name]) for name in shared)  # type: ignore[attr-defined]
+    assert {name for name in one if not name.startswith("heads.")} <= four.keys()
+    assert all(tensor.equal(four[name]) for name, tensor in one.items())
+
+
+def test_no_gradient_reaches_an_earlier_stage(tmp_path: Path) -> None:
+    config = tiny("resnet", tmp_path, pipeline={"stages": 2})
+    blueprint = draw_up(config, describe(config))
+    first, second = (build_stage(blueprint, index, torch.device("cpu")) for index in range(2))
+    (micro_batch, *_) = [batch for batch in build_loader(Job(blueprint, tmp_path, {})) if batch.split is Split.TRAIN]
+    output = first.forward(micro_batch, train=True)
+    handed_on = micro_batch.carrying(output.activation.detach())
+    second.backward(second.forward(handed_on, train=True), handed_on)
+    assert all(parameter.grad is None for _, parameter in first.named_parameters())
+    assert all(parameter.grad is not None for _, parameter in second.named_parameters())
 
 
 def test_no_port_process_or_folder_is_left_behind(tmp_path: Path) -> None:

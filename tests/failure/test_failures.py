@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -66,9 +68,29 @@ class Pipeline:
         return self.process.returncode, errors
 
 
+Start = Callable[..., Pipeline]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts pipelines, and ends whatever a failing test leaves of them."""
+    started: list[Pipeline] = []
+
+    def start_one(*overrides: str) -> Pipeline:
+        started.append(Pipeline(tmp_path, *overrides))
+        return started[-1]
+
+    yield start_one
+    for pipeline in started:
+        for process in [pipeline.process.pid, *pipeline.workers()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        pipeline.process.communicate()
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_killed_worker_ends_the_run_and_is_named(tmp_path: Path, stage: int) -> None:
-    pipeline = Pipeline(tmp_path)
+def test_a_killed_worker_ends_the_run_and_is_named(start: Start, stage: int) -> None:
+    pipeline = start()
     pipeline.wait_until_training()
     os.kill(pipeline.workers()[stage], signal.SIGKILL)
     code, errors = pipeline.finish()
@@ -81,8 +103,8 @@ def test_a_killed_worker_ends_the_run_and_is_named(tmp_path: Path, stage: int) -
     assert f"stage {stage}" in result["error"]
 
 
-def test_a_stopped_worker_is_named_when_its_heartbeat_stays_away(tmp_path: Path) -> None:
-    pipeline = Pipeline(tmp_path, "channel.heartbeat_s=0.2", "channel.heartbeat_timeout_s=2")
+def test_a_stopped_worker_is_named_when_its_heartbeat_stays_away(start: Start) -> None:
+    pipeline = start("channel.heartbeat_s=0.2", "channel.heartbeat_timeout_s=2")
     pipeline.wait_until_training()
     os.kill(pipeline.workers()[1], signal.SIGSTOP)
     code, errors = pipeline.finish()
@@ -90,15 +112,15 @@ def test_a_stopped_worker_is_named_when_its_heartbeat_stays_away(tmp_path: Path)
     assert "stage 1 (rank 1) has given no sign of life for 2 s" in errors
 
 
-def test_ctrl_c_ends_every_worker_and_leaves_a_usable_run_folder(tmp_path: Path) -> None:
-    pipeline = Pipeline(tmp_path)
+def test_ctrl_c_ends_every_worker_and_leaves_a_usable_run_folder(start: Start) -> None:
+    pipeline = start()
     pipeline.wait_until_training()
-    start = time.monotonic()
+    struck = time.monotonic()
     os.kill(pipeline.process.pid, signal.SIGINT)
     code, errors = pipeline.finish()
     assert code == 130
     assert errors == "error: interrupted\n"
-    assert time.monotonic() - start < 30  # "within seconds", on a machine that may be busy
+    assert time.monotonic() - struck < 30  # "within seconds", on a machine that may be busy
     result = json.loads((pipeline.run / "result.json").read_text())
     assert result["status"] == "interrupted"
     assert result["num_steps"] > 0
@@ -106,8 +128,8 @@ def test_ctrl_c_ends_every_worker_and_leaves_a_usable_run_folder(tmp_path: Path)
     assert (pipeline.run / "report.html").exists()
 
 
-def test_workers_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
-    pipeline = Pipeline(tmp_path)
+def test_workers_end_when_their_supervisor_is_killed(start: Start) -> None:
+    pipeline = start()
     pipeline.wait_until_training()
     os.kill(pipeline.process.pid, signal.SIGKILL)
     pipeline.process.communicate(timeout=30)
@@ -122,7 +144,9 @@ def test_a_worker_that_dies_at_start_is_named_with_its_log(tmp_path: Path, monke
         "import sys\nif sys.argv[-2:-1] == ['1'] or '1' in sys.orig_argv[-2:-1]: raise SystemExit('broken')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))  # the launcher hands its own module path to the workers
-    with pytest.raises(LaunchError, match=r"stage 1 \(rank 1\), process \d+, ended with exit code 1 before it could say"):
+    with pytest.raises(
+        LaunchError, match=r"stage 1 \(rank 1\), process \d+, ended with exit code 1 before it could say"
+    ):
         run(tiny("mlp", tmp_path, pipeline={"stages": 3}))
 
 

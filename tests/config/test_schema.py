@@ -1,0 +1,124 @@
+"""The schema: strict values, rules over several values, and what editors are told."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from pipetrgl.config.explain import describe, show
+from pipetrgl.config.load import dump, json_schema
+from pipetrgl.config.schema import Config, DataConfig, RunConfig, Section, TrainConfig, TransportConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def sections(section: type[Section] = Config) -> Iterator[type[Section]]:
+    yield section
+    for field in section.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from sections(field.annotation)
+
+
+def validate(content: Any) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.validate(content, json.loads(json_schema()), cls=jsonschema.Draft202012Validator)
+
+
+@pytest.mark.parametrize("section", list(sections()), ids=lambda section: section.__name__)
+def test_every_section_and_every_value_says_what_it_is(section: type[Section]) -> None:
+    assert section.__doc__
+    for name, field in section.model_fields.items():
+        holds_section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        assert field.description or holds_section, f"{section.__name__}.{name}"
+
+
+@pytest.mark.parametrize("section", list(sections()), ids=lambda section: section.__name__)
+def test_every_value_can_be_described_in_words(section: type[Section]) -> None:
+    for field in section.model_fields.values():
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            assert describe(field.annotation)
+
+
+@pytest.mark.parametrize("epochs", ["3", 3.0, True, None, [3]])
+def test_values_are_not_converted(epochs: object) -> None:
+    with pytest.raises(ValidationError, match="epochs"):
+        TrainConfig.model_validate({"epochs": epochs})
+
+
+def test_an_integer_may_stand_for_a_number() -> None:
+    assert TransportConfig.model_validate({"tau": [1, math.inf]}).tau == [1.0, math.inf]
+    assert type(TransportConfig.model_validate({"tau": 1}).tau) is float
+
+
+def test_only_tau_may_be_infinite() -> None:
+    with pytest.raises(ValidationError, match="finite"):
+        Config.model_validate({"optim": {"lr": math.inf}})
+    with pytest.raises(ValidationError, match="finite"):
+        Config.model_validate({"channel": {"wait_timeout_s": math.inf}})
+
+
+def test_values_never_change_once_read() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Config().seed = 3  # type: ignore[misc]
+
+
+def test_a_rule_reports_every_fault_of_its_section() -> None:
+    with pytest.raises(ValidationError, match=r"num_classes: only used[^\n]+\n[^\n]*samples: only used"):
+        DataConfig.model_validate({"num_classes": 3, "samples": 4})
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\nb", "/tmp/x"])
+def test_a_run_name_cannot_leave_the_run_folder(name: str) -> None:
+    with pytest.raises(ValidationError, match="cannot start a folder's name"):
+        RunConfig(name=name)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (math.inf, ".inf"),
+        (True, "true"),
+        (None, "null"),
+        ([1, "a"], "[1, 'a']"),
+        ({"a": 1}, "{...}"),
+        ("x" * 99, "'" + "x" * 56 + "..."),
+    ],
+)
+def test_values_are_shown_as_yaml_and_not_too_long(value: Any, text: str) -> None:
+    assert show(value) == text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_the_json_schema_accepts_every_config_of_ours(path: Path) -> None:
+    validate(yaml.safe_load(path.read_text()))
+
+
+def test_the_json_schema_accepts_defaults_and_dumps() -> None:
+    validate({"defaults": "base.yaml", "seed": 3})
+    validate({"defaults": ["base.yaml", "../other.yaml"]})
+    validate(yaml.safe_load(dump(Config())))
+
+
+@pytest.mark.parametrize(
+    "content", [{"defaults": 3}, {"sed": 3}, {"train": {"epochs": 0}}, {"data": {"name": "cifar"}}]
+)
+def test_the_json_schema_rejects_what_the_loader_rejects(content: dict[str, Any]) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    with pytest.raises(jsonschema.ValidationError, match="."):
+        validate(content)
+    with pytest.raises(ValidationError, match="."):
+        Config.model_validate(content)
+
+
+def test_the_json_schema_is_plain_json_with_descriptions() -> None:
+    schema = json.loads(json_schema(), parse_constant=pytest.fail)
+    assert "relative to this one" in schema["properties"]["defaults"]["description"]
+    assert schema["$defs"]["TransportConfig"]["properties"]["tau"]["description"].startswith("Step size")
+    assert schema["additionalProperties"] is False
