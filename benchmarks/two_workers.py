@@ -2,111 +2,243 @@
 
     python benchmarks/two_workers.py [rounds] > benchmarks/two_workers.txt
 
-Every contender trains the same balanced ResNet on the synthetic 3x32x32 task, batch 64, one thread a worker, each in
-fresh processes; a round runs all of them one after another, and the ratios are medians over rounds. Rates leave out the
-first micro-batch of a run (the pipeline's fill and torch's warm-up).
+A balanced ResNet on the synthetic 3x32x32 task, batch 64, one thread a worker. Two worker processes live through the whole
+benchmark, each with its stage, the real link between them and the real loop and hooks; the machine's speed drifts within
+tens of seconds, so each round gives every contender a turn of a few seconds, in changing order, while the others rest:
+
+    pipeline   both workers, stage 0 reading from the data loader, stage 1 from the link
+    stage 0    worker 0 alone, on micro-batches that lie in memory
+    stage 1    worker 1 alone, likewise
+    both       both workers at once without a link: what this machine gives two independent processes
+    serial     worker 0 alone runs both stages, the plain loop
+
+A turn trains a number of micro-batches; its rate leaves out the first two, the fill of the pipeline.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pipetrgl.blueprint import draw_up
-from pipetrgl.channels.contracts import Inbox, NullOutbox
+from pipetrgl.blueprint import Blueprint, draw_up
+from pipetrgl.channels.alarm import Alarm
+from pipetrgl.channels.board import Board
+from pipetrgl.channels.c10d import TCPStore
+from pipetrgl.channels.contracts import Inbox, NullOutbox, Outbox
 from pipetrgl.config.load import load
-from pipetrgl.config.schema import Config
 from pipetrgl.engine import loop
 from pipetrgl.engine.phases import Parallel
+from pipetrgl.launchers.process import Membership, StoreLinks
 from pipetrgl.launchers.start import describe, environment
 from pipetrgl.microbatch import MicroBatch
+from pipetrgl.stage import Stage, StageOutput
 from pipetrgl.worker import Job, build_hooks, build_loader, build_stage, configure_torch
 
 CONFIG = Path(__file__).with_suffix(".yaml")
+NUM_BATCHES = 14
+FILL = 2
+CONTENDERS = ("pipeline", "stage 0", "stage 1", "both", "serial")
 
 
-class Prepared:
-    """An inbox of micro-batches that lie ready in memory: a stage alone never waits."""
+class Turn:
+    """An inbox that gives the next micro-batches of an endless stream and leaves the stream open."""
 
     waited_s = 0.0
 
-    def __init__(self, batches: list[MicroBatch]) -> None:
-        self._batches = batches
+    def __init__(self, stream: Iterator[MicroBatch], count: int = NUM_BATCHES) -> None:
+        self._stream = stream
+        self._count = count
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return iter(self._batches)
+        for _ in range(self._count):
+            yield next(self._stream)
 
     def close(self) -> None:
         pass
 
 
-def alone(config: Config, index: int) -> float:
-    """Images/s of one stage on what it would receive."""
-    configure_torch(config.train)
-    blueprint = draw_up(config, describe(config))
-    job = Job(blueprint, Path(), {})
-    stage = build_stage(blueprint, index, torch.device("cpu"))
-    loader = build_loader(job)
-    inbox: Inbox = Prepared([_as_received(config, batch, blueprint.input_shape(index)) for batch in loader])
-    rows: list[dict[str, object]] = []
-    loop.run(stage, inbox, NullOutbox(), Parallel(), build_hooks(job, stage, inbox, NullOutbox(), rows.append))
-    (summary,) = [row for row in rows if row["kind"] == "summary"]
-    return float(str(summary["images_per_s"]))
+class StaysOpen:
+    """An outbox that outlives a turn."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+
+    @property
+    def waited_s(self) -> float:
+        return self._outbox.waited_s
+
+    @property
+    def sent_bytes(self) -> int:
+        return self._outbox.sent_bytes
+
+    def send(self, micro_batch: MicroBatch) -> None:
+        self._outbox.send(micro_batch)
+
+    def close(self) -> None:
+        pass
 
 
-def _as_received(config: Config, batch: MicroBatch, shape: tuple[int, ...]) -> MicroBatch:
-    """The same rows with an activation of the stage's input shape; its values do not change the time."""
-    generator = torch.Generator().manual_seed(batch.index)
-    return batch.carrying(torch.randn(batch.num_rows, *shape, generator=generator).relu_())
+class Stopwatch:
+    """A hook that notes when each micro-batch is done with."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, micro_batch: MicroBatch, output: StageOutput) -> None:
+        self.times.append(time.perf_counter())
+
+    def close(self) -> None:
+        pass
 
 
-def rate_of(launcher: str, folder: Path) -> tuple[float, list[float]]:
-    """Images/s of a whole run, and the share of time that each stage waited."""
-    command = ["-m", "pipetrgl", "train", str(CONFIG), f"launcher.name={launcher}", f"run.folder={folder}"]
-    subprocess.run([sys.executable, *command], check=True, capture_output=True)
-    newest = max(folder.iterdir(), key=lambda run: run.stat().st_mtime_ns)
-    result = json.loads((newest / "result.json").read_text())
-    return result["images_per_s"], [stage["wait_share"] + stage["send_wait_share"] for stage in result["stages"]]
+def drop(row: dict[str, Any]) -> None:
+    """Metrics are computed as in a real run, and not kept."""
 
 
-def rate_alone(index: int) -> float:
-    done = subprocess.run([sys.executable, __file__, "--alone", str(index)], check=True, capture_output=True, text=True)
-    return float(done.stdout)
+class Worker:
+    """One of the two processes; obeys the notes of the leader."""
+
+    def __init__(self, rank: int, port: int) -> None:
+        config = load(CONFIG)
+        configure_torch(config.train)
+        self.rank = rank
+        self.blueprint: Blueprint = draw_up(config, describe(config))
+        self.job = Job(self.blueprint, Path(), {})
+        self.board = Board(TCPStore("127.0.0.1", port, is_master=False))
+        cpu = torch.device("cpu")
+        place = self.blueprint.world.place(rank)
+        links = StoreLinks(self.blueprint, Membership(self.board.store, place, cpu, "127.0.0.1"), self.board, Alarm())
+        self.stages = [build_stage(self.blueprint, index, cpu) for index in range(2)]
+        self.prepared = [_prepared(self.blueprint, index) for index in range(2)]
+        self.stream: Iterator[MicroBatch] = iter(build_loader(self.job) if rank == 0 else links.inbox(1))
+        self.outbox: Outbox = StaysOpen(links.outbox(0)) if rank == 0 else NullOutbox()
+
+    def obey(self) -> None:
+        """Take every turn until the leader says stop."""
+        for turn in range(10**9):
+            note = self.board.read(f"turn/{turn}", 3600, Alarm(), "the leader")
+            if note["contender"] == "stop":
+                # without the links' and the loader's orderly end: their streams go on for ever
+                os._exit(0)
+            times = self.take(note["contender"])
+            self.board.post(f"done/{turn}/{self.rank}", times)
+
+    def take(self, contender: str) -> list[float]:
+        mine = f"stage {self.rank}"
+        if contender == "pipeline":
+            return self._train(self.stages[self.rank], Turn(self.stream), self.outbox)
+        if contender in (mine, "both"):
+            return self._train(self.stages[self.rank], Turn(self.prepared[self.rank]), NullOutbox())
+        if contender == "serial" and self.rank == 0:
+            return self._train_serially()
+        return []
+
+    def _train(self, stage: Stage, inbox: Inbox, outbox: Outbox) -> list[float]:
+        watch = Stopwatch()
+        hooks = [*build_hooks(self.job, stage, inbox, outbox, drop), watch]
+        loop.run(stage, inbox, outbox, Parallel(), hooks)
+        return watch.times
+
+    def _train_serially(self) -> list[float]:
+        inbox, watch = Turn(self.prepared[0]), Stopwatch()
+        hooks = [build_hooks(self.job, stage, inbox, NullOutbox(), drop) for stage in self.stages]
+        for micro_batch in inbox:
+            for stage, watchers in zip(self.stages, hooks, strict=True):
+                output = stage.forward(micro_batch, True)
+                stage.backward(output, micro_batch)
+                stage.update()
+                for hook in watchers:
+                    hook(micro_batch, output)
+                micro_batch = micro_batch.carrying(output.activation.detach())
+            watch(micro_batch, output)
+        return watch.times
+
+
+def _prepared(blueprint: Blueprint, index: int) -> Iterator[MicroBatch]:
+    """Training micro-batches with activations of the stage's input shape; their values do not change the time."""
+    generator = torch.Generator().manual_seed(index)
+    shape = (blueprint.config.train.batch, *blueprint.input_shape(index))
+    batches = build_loader(Job(blueprint, Path(), {}))
+    few = [batch.carrying(torch.randn(shape, generator=generator).relu_()) for batch, _ in zip(batches, range(4))]
+    batches.close()
+    while True:
+        yield from few
+
+
+def rate(times: list[float], batch: int) -> float:
+    return batch * (len(times) - 1 - FILL) / (times[-1] - times[FILL])
 
 
 def main(rounds: int) -> None:
-    config = load(CONFIG)
-    print(f"# {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {rounds} rounds")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    board = Board(store)
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen([sys.executable, __file__, "--worker", str(rank), str(store.port)], env=environ)
+        for rank in range(2)
+    ]
+    try:
+        _lead(board, rounds)
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.wait()
+
+
+def _lead(board: Board, rounds: int) -> None:
+    batch = load(CONFIG).train.batch
+    turn = -1
+
+    def race(contender: str) -> tuple[float, ...]:
+        nonlocal turn
+        turn += 1
+        board.post(f"turn/{turn}", {"contender": contender})
+        times = [board.read(f"done/{turn}/{rank}", 600, Alarm(), "a worker") for rank in range(2)]
+        return tuple(rate(one, batch) for one in times if one)
+
+    print(f"# {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {rounds} rounds, {NUM_BATCHES} steps a turn")
     print(f"# {json.dumps({key: value for key, value in environment().items() if key != 'command'})}")
-    print("round  stage 0 alone  stage 1 alone  serial  two workers   / slower stage  / serial   waited")
-    of_slower, of_serial = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(1, rounds + 1):
-            serial, _ = rate_of("serial", Path(folder))
-            stages = [rate_alone(index) for index in range(config.pipeline.stages)]
-            pipeline, waited = rate_of("local", Path(folder))
-            of_slower.append(pipeline / min(stages))
-            of_serial.append(pipeline / serial)
-            shares = " ".join(f"{100 * share:.0f} %" for share in waited)
-            print(
-                f"{number:>5}  {stages[0]:>13.1f}  {stages[1]:>13.1f}  {serial:>6.1f}  {pipeline:>11.1f}   "
-                f"{of_slower[-1]:>14.3f}  {of_serial[-1]:>8.3f}   {shares}",
-                flush=True,
-            )
-    for name, values in (("the slower stage alone", of_slower), ("serial", of_serial)):
-        print(f"two workers / {name}: median {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+    for contender in CONTENDERS:
+        race(contender)  # warm-up, not counted
+    print("images/s; both: of stage 0 and of stage 1 while the other runs as well, without a link")
+    print("round   pipeline  stage 0  stage 1   both         serial | pipeline/slower  pipeline/serial")
+    rows = []
+    for number in range(rounds):
+        shift = number % len(CONTENDERS)
+        got = {contender: race(contender) for contender in CONTENDERS[shift:] + CONTENDERS[:shift]}
+        pipeline, slower = min(got["pipeline"]), min(got["stage 0"][0], got["stage 1"][0])
+        rows.append({"slower": pipeline / slower, "serial": pipeline / got["serial"][0]})
+        rows[-1]["together"] = pipeline / min(got["both"])
+        rows[-1]["ceiling"] = min(got["both"]) / slower
+        print(
+            f"{number + 1:>5}   {pipeline:8.1f} {got['stage 0'][0]:8.1f} {got['stage 1'][0]:8.1f}   "
+            f"{got['both'][0]:5.1f} {got['both'][1]:5.1f} {got['serial'][0]:8.1f} | "
+            f"{rows[-1]['slower']:15.3f}  {rows[-1]['serial']:15.3f}",
+            flush=True,
+        )
+    board.post(f"turn/{turn + 1}", {"contender": "stop"})
+    _summary("two workers / the slower stage alone", [row["slower"] for row in rows])
+    _summary("two workers / serial", [row["serial"] for row in rows])
+    _summary("two workers / the slower of both stages running at once without a link", [row["together"] for row in rows])
+    _summary("this machine: that slower one / the slower stage alone", [row["ceiling"] for row in rows])
+
+
+def _summary(name: str, values: list[float]) -> None:
+    low, _, high = statistics.quantiles(values, n=4)
+    print(f"{name}: median {statistics.median(values):.3f} (quartiles {low:.3f} to {high:.3f})")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--alone"]:
-        print(alone(load(CONFIG), int(sys.argv[2])))
+    if sys.argv[1:2] == ["--worker"]:
+        Worker(int(sys.argv[2]), int(sys.argv[3])).obey()
     else:
-        main(int(sys.argv[1]) if len(sys.argv) > 1 else 9)
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 25)

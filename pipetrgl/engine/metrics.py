@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @final
 class TrainMetrics:
-    """Rows of kind "train"; see docs/results-format.md for every field.
+    """Rows of kind "train"; see docs/run-folder.md for every field.
 
     Args:
         stage: measured.

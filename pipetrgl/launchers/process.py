@@ -65,7 +65,7 @@ def run_process(job: Job, member: Membership) -> None:
     forward = _ForwardLogs(sink, member.place.stage)
     logging.getLogger("pipetrgl").addHandler(forward)
     try:
-        links = _StoreLinks(job.blueprint, member, board, alarm)
+        links = StoreLinks(job.blueprint, member, board, alarm)
         run_worker(job, member.place, links, sink, member.device)
         sink({"kind": "end", "stage": member.place.stage})
         heartbeat.stop()
@@ -151,7 +151,7 @@ class _ForwardLogs(logging.Handler):
 
 
 @final
-class _StoreLinks:
+class StoreLinks:
     """Links over torch.distributed, opened through the run's store."""
 
     def __init__(self, blueprint: Blueprint, member: Membership, board: Board, alarm: Alarm) -> None:
