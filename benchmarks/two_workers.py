@@ -2,9 +2,9 @@
 
     python benchmarks/two_workers.py [rounds] > benchmarks/two_workers.txt
 
-A balanced ResNet on the synthetic 3x32x32 task, batch 64, one thread a worker. Two worker processes live through the whole
-benchmark, each with its stage, the real link between them and the real loop and hooks; the machine's speed drifts within
-tens of seconds, so each round gives every contender a turn of a few seconds, in changing order, while the others rest:
+A balanced ResNet on the synthetic 3x32x32 task, batch 64, one thread a worker. Two worker processes live through the
+whole benchmark, each with its stage, the real link between them and the real loop and hooks; the machine's speed drifts
+within tens of seconds, so each round gives every contender a turn of a few seconds, in changing order:
 
     pipeline   both workers, stage 0 reading from the data loader, stage 1 from the link
     stage 0    worker 0 alone, on micro-batches that lie in memory
@@ -118,7 +118,7 @@ class Worker:
         place = self.blueprint.world.place(rank)
         links = StoreLinks(self.blueprint, Membership(self.board.store, place, cpu, "127.0.0.1"), self.board, Alarm())
         self.stages = [build_stage(self.blueprint, index, cpu) for index in range(2)]
-        self.prepared = [_prepared(self.blueprint, index) for index in range(2)]
+        self.prepared = [prepared(self.blueprint, index) for index in range(2)]
         self.stream: Iterator[MicroBatch] = iter(build_loader(self.job) if rank == 0 else links.inbox(1))
         self.outbox: Outbox = StaysOpen(links.outbox(0)) if rank == 0 else NullOutbox()
 
@@ -163,13 +163,12 @@ class Worker:
         return watch.times
 
 
-def _prepared(blueprint: Blueprint, index: int) -> Iterator[MicroBatch]:
+def prepared(blueprint: Blueprint, index: int) -> Iterator[MicroBatch]:
     """Training micro-batches with activations of the stage's input shape; their values do not change the time."""
     generator = torch.Generator().manual_seed(index)
     shape = (blueprint.config.train.batch, *blueprint.input_shape(index))
-    batches = build_loader(Job(blueprint, Path(), {}))
-    few = [batch.carrying(torch.randn(shape, generator=generator).relu_()) for batch, _ in zip(batches, range(4))]
-    batches.close()
+    with build_loader(Job(blueprint, Path(), {})) as batches:
+        few = [next(batches).carrying(torch.randn(shape, generator=generator).relu_()) for _ in range(4)]
     while True:
         yield from few
 
@@ -228,7 +227,9 @@ def _lead(board: Board, rounds: int) -> None:
     board.post(f"turn/{turn + 1}", {"contender": "stop"})
     _summary("two workers / the slower stage alone", [row["slower"] for row in rows])
     _summary("two workers / serial", [row["serial"] for row in rows])
-    _summary("two workers / the slower of both stages running at once without a link", [row["together"] for row in rows])
+    _summary(
+        "two workers / the slower of both stages running at once without a link", [row["together"] for row in rows]
+    )
     _summary("this machine: that slower one / the slower stage alone", [row["ceiling"] for row in rows])
 
 

@@ -15,6 +15,7 @@ from pipetrgl.blueprint import Blueprint, draw_up
 from pipetrgl.config.load import json_schema, load
 from pipetrgl.console import Progress, print_result
 from pipetrgl.errors import ConfigError, Interrupted, PipetrglError
+from pipetrgl.launchers.process import end_on_signals
 from pipetrgl.launchers.start import describe
 from pipetrgl.launchers.start import train as start_training
 from pipetrgl.studies.report import write_report
@@ -33,6 +34,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. tra
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train a network in stages, each on its own worker."""
+    end_on_signals()
     console = Console()
     settings = load(config, overrides or [])
     with Progress(console) as progress:

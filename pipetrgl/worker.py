@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from pipetrgl import optim
 from pipetrgl.blueprint import Blueprint
+from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.contracts import Inbox, NullOutbox, OneReplica, Outbox
 from pipetrgl.config.schema import TrainConfig
 from pipetrgl.data import catalogue
@@ -22,9 +22,11 @@ from pipetrgl.engine import loop
 from pipetrgl.engine.checkpoint import SaveFinal
 from pipetrgl.engine.evaluate import Evaluation
 from pipetrgl.engine.guard import StabilityGuard
+from pipetrgl.engine.listen import Listen
 from pipetrgl.engine.metrics import Sink, TrainMetrics
 from pipetrgl.engine.phases import Parallel
 from pipetrgl.engine.trace import Trace, TracedInbox, TracedOutbox, TracedStage, TraceHook
+from pipetrgl.memory import keep_freed_memory, peak_rss_bytes
 from pipetrgl.models import stochastic
 from pipetrgl.models.init import initialise
 from pipetrgl.objective import StageObjective
@@ -63,8 +65,16 @@ class Links(Protocol):
     def clock_offset_s(self) -> float: ...
 
 
-def run_worker(job: Job, place: Place, links: Links, sink: Sink, device: torch.device) -> None:
+def run_worker(job: Job, place: Place, links: Links, sink: Sink, device: torch.device, alarm: Alarm) -> None:
     """Train one stage from the first micro-batch to the last.
+
+    Args:
+        job: the run.
+        place: this worker's.
+        links: to its neighbours.
+        sink: takes its rows.
+        device: of the stage.
+        alarm: looked at after every micro-batch, so that a worker that never waits hears of failures as well.
 
     Raises:
         PipetrglError: the first error of any worker of the run.
@@ -77,7 +87,7 @@ def run_worker(job: Job, place: Place, links: Links, sink: Sink, device: torch.d
         outbox = NullOutbox() if last else links.outbox(place.stage)
         trace = blueprint.config.trace
         spans = Trace(trace.first_step, trace.num_steps, place.rank, f"stage {place.stage}", links.clock_offset_s)
-        hooks = [*build_hooks(job, stage, inbox, outbox, sink), TraceHook(spans, place.stage, sink)]
+        hooks = [*build_hooks(job, stage, inbox, outbox, sink), TraceHook(spans, place.stage, sink), Listen(alarm)]
         loop.run(TracedStage(stage, spans), TracedInbox(inbox, spans), TracedOutbox(outbox, spans), Parallel(), hooks)
         sink({"kind": "memory", "stage": place.stage, "peak_rss_bytes": peak_rss_bytes()})
     finally:
@@ -143,14 +153,11 @@ def build_hooks(job: Job, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink
 
 
 def configure_torch(config: TrainConfig) -> None:
-    """Threads and determinism of this process."""
+    """Threads, determinism and memory of this process."""
     torch.set_num_threads(config.threads)
+    if config.keep_memory:
+        keep_freed_memory()
     torch.use_deterministic_algorithms(config.deterministic)
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident memory that this process ever had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _learning_rate(blueprint: Blueprint, steps_per_epoch: int, total_steps: int, step: int) -> float:

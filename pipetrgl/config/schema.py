@@ -218,6 +218,8 @@ class TrainConfig(Section):
     variance of it."""
     deterministic: bool = True
     """torch.use_deterministic_algorithms."""
+    keep_memory: bool = True
+    """Keep freed CPU memory for the next step (glibc's mallopt); about 15 % faster, see benchmarks/allocator.txt."""
     threads: Positive = 1
     """Intra-op threads of each worker; bit-equality over launchers is promised for 1."""
 

@@ -24,7 +24,7 @@ def load(config: DataConfig, seed: int, environ: Mapping[str, str] = _NO_VARIABL
 
     Args:
         seed: fixes the validation split, the images that `num_train` keeps and the synthetic images.
-        environ: os.environ, of which only $PIPETRGL_DATA is read.
+        environ: the environment, of which only $PIPETRGL_DATA is read.
     Raises:
         DataError: files missing or damaged, or splits that cannot be made of them.
     """

@@ -66,11 +66,14 @@ def run_process(job: Job, member: Membership) -> None:
     logging.getLogger("pipetrgl").addHandler(forward)
     try:
         links = StoreLinks(job.blueprint, member, board, alarm)
-        run_worker(job, member.place, links, sink, member.device)
+        run_worker(job, member.place, links, sink, member.device, alarm)
         sink({"kind": "end", "stage": member.place.stage})
         heartbeat.stop()
     except BaseException as error:
-        raise _report(error, board, job.blueprint, member.place) from error
+        failure = _report(error, board, member.place)
+        if failure is error:
+            raise
+        raise failure from error
     finally:
         logging.getLogger("pipetrgl").removeHandler(forward)
 
@@ -204,7 +207,7 @@ def _heartbeat(blueprint: Blueprint, member: Membership, alarm: Alarm) -> Heartb
     )
 
 
-def _report(error: BaseException, board: Board, blueprint: Blueprint, place: Place) -> BaseException:
+def _report(error: BaseException, board: Board, place: Place) -> BaseException:
     """Post this worker's error as the run's first failure, unless it is only the echo of another's."""
     if isinstance(error.__cause__, RemoteError):
         return error

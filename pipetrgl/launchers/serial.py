@@ -10,8 +10,9 @@ import torch
 from pipetrgl.channels.codecs import CODECS, roundtrip
 from pipetrgl.channels.contracts import NullOutbox
 from pipetrgl.engine.metrics import Sink
+from pipetrgl.memory import peak_rss_bytes
 from pipetrgl.microbatch import Split
-from pipetrgl.worker import Job, build_hooks, build_loader, build_stage, configure_torch, peak_rss_bytes
+from pipetrgl.worker import Job, build_hooks, build_loader, build_stage, configure_torch
 
 
 def launch(job: Job, sink: Sink) -> None:

@@ -11,6 +11,7 @@ from pipetrgl.channels.codecs import CODECS
 from pipetrgl.channels.contracts import Inbox, Outbox
 from pipetrgl.channels.threads import thread_link
 from pipetrgl.engine.metrics import Sink
+from pipetrgl.errors import Interrupted
 from pipetrgl.worker import Job, run_worker
 
 
@@ -53,7 +54,7 @@ def launch(job: Job, sink: Sink) -> None:
 
     def work(stage: int) -> None:
         try:
-            run_worker(job, job.blueprint.world.place(stage), links, locked_sink, device)
+            run_worker(job, job.blueprint.world.place(stage), links, locked_sink, device, alarm)
         except BaseException as error:
             alarm.ring(error)
 
@@ -66,7 +67,7 @@ def launch(job: Job, sink: Sink) -> None:
     try:
         for thread in threads:
             thread.join()
-    except KeyboardInterrupt as interrupt:
+    except (KeyboardInterrupt, Interrupted) as interrupt:
         alarm.ring(interrupt)
         for thread in threads:
             thread.join()

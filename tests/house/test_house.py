@@ -18,7 +18,7 @@ from pipetrgl.config.schema import Config
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "pipetrgl"
 FLOORS = [
-    {"errors", "logs"},
+    {"errors", "logs", "memory"},
     {"config", "world", "microbatch", "seeds", "blocks"},
     {"data", "models", "partition", "objective", "stability", "optim", "channels"},
     {"stage"},
