@@ -20,6 +20,13 @@ _LIVE_HEADER = [
 ]  # fmt: skip
 
 
+# the report's columns in words that fit 80 characters; `validate` and the report name the blocks
+_RESULT_HEADER = {
+    "stage": "stage", "valid accuracy": "valid", "test accuracy": "test", "local loss": "loss",
+    "transport cost": "transport", "images/s": "images/s", "waited": "waited", "head": "head",
+}  # fmt: skip
+
+
 @final
 class Progress:
     """Sees every row of every stage; shows them together once all stages have reached the same step.
@@ -109,13 +116,12 @@ class Progress:
 
 
 def print_result(console: Console, result: Row) -> None:
-    """The table by stage that ends a run, and which head to use."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in TABLE_HEADER:
-        header = column.replace(" ", "\n", 1)  # so that no word of it is broken on a terminal of 80 columns
-        table.add_column(header, justify="left" if column == "blocks" else "right", overflow="fold", vertical="bottom")
+    """The table by stage that ends a run: accuracy of every head, losses, speed and waits."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in _RESULT_HEADER.values():
+        table.add_column(column, justify="right", no_wrap=True)
     for cells in table_rows(result):
-        table.add_row(*cells)
+        table.add_row(*(cell for column, cell in zip(TABLE_HEADER, cells, strict=True) if column in _RESULT_HEADER))
     console.print(table)
     seconds = result["train_s"]
     if seconds is not None:

@@ -15,7 +15,8 @@ def keep_freed_memory() -> bool:
     """Let this process's allocator keep what training frees, as the CUDA allocator does, instead of giving it back.
 
     A step frees and takes the same activations again. By default glibc maps each large one afresh and the kernel zeroes
-    its pages: 20,000 page faults a step in benchmarks/two_workers, which cost a tenth of the throughput or more (benchmarks/allocator.txt).
+    its pages: 20,000 page faults a step of benchmarks/two_workers.yaml, and about 15 % of the throughput
+    (benchmarks/allocator.txt).
 
     Returns:
         Whether the platform's allocator can do so (glibc's can); where it cannot, nothing changes.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, final
+from typing import IO, Any, final
 
 from pipetrgl.blueprint import Blueprint
-from pipetrgl.engine.checkpoint import write_atomically, write_manifest
+from pipetrgl.engine.checkpoint import prune, step_folder, write_atomically, write_manifest
 from pipetrgl.engine.metrics import Row
+
+logger = logging.getLogger(__name__)
 
 _KEPT = {"train", "valid", "test", "log"}
 
@@ -29,10 +32,10 @@ class Recorder:
         self._run = run
         self._blueprint = blueprint
         self._display = display
-        self._metrics = (run / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._metrics = _open(run)
         self._stages: list[dict[str, Row]] = [{} for _ in range(blueprint.num_stages)]
         self._events: list[dict[str, Any]] = []
-        self._files: list[tuple[str, str]] = []
+        self._files: dict[int, dict[str, str]] = {}  # step -> file -> SHA-256
         self._start = time.perf_counter()
 
     def __call__(self, row: Row) -> None:
@@ -41,14 +44,14 @@ class Recorder:
             self._metrics.write(json.dumps(row) + "\n")
         if kind == "trace":
             self._events.extend(row["events"])
-        elif kind == "file":
-            self._files.append((row["file"], row["sha256"]))
+        elif kind == "checkpoint":
+            self._note_file(row)
         else:
             self._stages[row["stage"]][kind] = row
         self._display(row)
 
     def finish(self, status: str, launcher: str, environment: dict[str, Any], error: str | None = None) -> Row:
-        """Write `trace.json`, the checkpoint's manifest and `result.json`; returns the result.
+        """Write `trace.json` and `result.json`; returns the result.
 
         Args:
             status: "done", "interrupted" or "failed".
@@ -60,13 +63,31 @@ class Recorder:
         if self._events:
             trace = {"traceEvents": self._events, "displayTimeUnit": "ms"}
             write_atomically(self._run / "trace.json", json.dumps(trace).encode())
-        if len(self._files) == self._blueprint.num_stages:
-            folder = (self._run / self._files[0][0]).parent
-            files = [(Path(file).name, digest) for file, digest in self._files]
-            write_manifest(folder, files, self._blueprint.config_hash)
         result = self._result(status, launcher, environment, error)
         write_atomically(self._run / "result.json", json.dumps(result, indent=2).encode())
         return result
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after `step` optimizer steps, which the run goes on from: they will be written again."""
+        self._metrics.close()
+        path = self._run / "metrics.jsonl"
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _precedes(line, step)]
+        write_atomically(path, "".join(kept).encode())
+        self._metrics = _open(self._run)
+        self._events.clear()
+        self._files.clear()
+
+    def _note_file(self, row: Row) -> None:
+        """The manifest makes a checkpoint complete once every stage has written its file."""
+        files = self._files.setdefault(row["step"], {})
+        files[row["file"]] = row["sha256"]
+        if len(files) < self._blueprint.num_stages:
+            return
+        try:
+            write_manifest(step_folder(self._run, row["step"]), row["step"], self._files.pop(row["step"]))
+            prune(self._run, self._blueprint.config.checkpoint.keep)
+        except OSError as error:
+            logger.warning("step %d: the checkpoint could not be completed (%s)", row["step"], error)
 
     def _result(self, status: str, launcher: str, environment: dict[str, Any], error: str | None) -> Row:
         stages = [self._stage(index) for index in range(self._blueprint.num_stages)]
@@ -126,6 +147,22 @@ class Recorder:
             },
             "peak_rss_bytes": rows.get("memory", {}).get("peak_rss_bytes"),
         }  # fmt: skip
+
+
+def _open(run: Path) -> IO[str]:
+    return (run / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+
+
+def _precedes(line: str, step: int) -> bool:
+    """Whether a metrics line was written before the checkpoint of `step`; a half line at the end was not."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    if "step" not in row:
+        return True
+    # a checkpoint is taken before the evaluation that follows its step
+    return bool(row["step"] <= step if row["kind"] == "train" else row["step"] < step)
 
 
 def _finite(value: float) -> float | str:

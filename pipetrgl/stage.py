@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, final
 
@@ -126,6 +126,11 @@ class Stage:
         """Name of the last counted block: the place in the network where the head sits."""
         return self.specs[self._last_counted].name
 
+    @property
+    def span(self) -> str:
+        """First and last block, which together say which stage of which cuts this is."""
+        return f"{self.specs[0].name}..{self.last_block}"
+
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Blocks by state-dict prefix, then the head; names do not depend on K."""
         yield from ((spec.prefix, block) for spec, block in zip(self.specs, self.blocks, strict=True))
@@ -142,6 +147,40 @@ class Stage:
             state.update({prefix + name: tensor for name, tensor in module.state_dict().items()})
         objective = self.objective.weight.state().items()
         return state | {f"objective.{self.last_block}.{name}": tensor for name, tensor in objective}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """What the optimizer remembers of each parameter, as `optimizer.<parameter>.<what>`; no copies."""
+        remembered = self.optimizer.state
+        return {
+            f"optimizer.{name}.{what}": value
+            for name, parameter in self.named_parameters()
+            for what, value in remembered.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Take weights, buffers, multiplier and optimizer state by the names of `state` and `optimizer_state`.
+
+        Returns:
+            Modules that `state` has nothing for, such as the head of a new cut; these keep what they have.
+        """
+        missing = []
+        for prefix, module in self.named_modules():
+            own = {name: state[prefix + name] for name in module.state_dict() if prefix + name in state}
+            if len(own) == len(module.state_dict()):
+                module.load_state_dict(own)
+            else:
+                missing.append(prefix.rstrip("."))
+        for name, parameter in self.named_parameters():
+            remembered = _below(state, f"optimizer.{name}.")
+            if remembered:
+                self.optimizer.state[parameter] = {
+                    what: value.clone() if value.ndim == 0 else value.to(self.device, copy=True)
+                    for what, value in remembered.items()
+                }
+        if objective := _below(state, f"objective.{self.last_block}."):
+            self.objective.weight.load_state(objective)
+        return missing
 
     def _run_blocks(self, micro_batch: MicroBatch, train: bool) -> tuple[Tensor, tuple[str, ...], list[Tensor]]:
         x = _moved(micro_batch.activation, self.device)
@@ -163,6 +202,10 @@ class Stage:
                 names.append(spec.name)
                 costs.append(cost)
         return x, tuple(names), costs
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _moved(activation: Activation, device: torch.device) -> Tensor:

@@ -19,7 +19,7 @@ from pipetrgl.data import catalogue
 from pipetrgl.data.dataset import Dataset
 from pipetrgl.data.loader import Loader
 from pipetrgl.engine import loop
-from pipetrgl.engine.checkpoint import SaveFinal
+from pipetrgl.engine.checkpoint import Checkpoint, SaveCheckpoints
 from pipetrgl.engine.evaluate import Evaluation
 from pipetrgl.engine.guard import StabilityGuard
 from pipetrgl.engine.listen import Listen
@@ -43,11 +43,17 @@ class Job:
         blueprint: config, data specification and cuts.
         run: the run folder.
         environ: read for $PIPETRGL_DATA only.
+        checkpoint: to go on from; None for a fresh start.
     """
 
     blueprint: Blueprint
     run: Path
     environ: dict[str, str]
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def first_step(self) -> int:
+        return self.checkpoint.step if self.checkpoint else 0
 
     def dataset(self) -> Dataset:
         config = self.blueprint.config
@@ -135,21 +141,23 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device) -> Stage
 def build_loader(job: Job) -> Loader:
     """Stage 0's inbox."""
     config = job.blueprint.config
-    return Loader(job.dataset(), job.blueprint.itinerary, config.data, config.seed)
+    return Loader(job.dataset(), job.blueprint.itinerary, config.data, config.seed, job.first_step)
 
 
 def build_hooks(job: Job, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink) -> Sequence[loop.Hook]:
-    """What looks at every micro-batch, in order."""
+    """What looks at every micro-batch, in order; the stage and the metrics go on from the job's checkpoint."""
     config = job.blueprint.config
     momentum = config.optim.momentum if config.optim.name == "sgd" else 0.0
-    hooks: list[loop.Hook] = [
+    metrics = TrainMetrics(stage, inbox, outbox, sink, config.metrics.every)
+    if job.checkpoint is not None:
+        job.checkpoint.load_into(stage, metrics)
+    saves = SaveCheckpoints(stage, metrics, job.run, sink, config.checkpoint.every, config.run.save_final)
+    return [
         StabilityGuard(stage, optim.peak_rate(config.optim), momentum),
-        TrainMetrics(stage, inbox, outbox, sink, config.metrics.every),
+        metrics,
         Evaluation(stage, sink),
+        saves,  # after the metrics, whose sums it saves
     ]
-    if config.run.save_final:
-        hooks.append(SaveFinal(stage, job.run, sink))
-    return hooks
 
 
 def configure_torch(config: TrainConfig) -> None:

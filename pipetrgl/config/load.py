@@ -163,7 +163,7 @@ def dump(config: Config) -> str:
 
 def config_hash(config: Config) -> str:
     """SHA-256 in hex of all that changes what is trained, so that the workers of one run can compare."""
-    content = config.model_dump(exclude={"launcher", "run", "metrics", "trace"})
+    content = config.model_dump(exclude={"launcher", "run", "metrics", "trace", "checkpoint"})
     # a data set may be mounted elsewhere on another machine
     del content["data"]["root"], content["data"]["prefetch"]
     content["channel"] = {"codec": config.channel.codec}

@@ -284,6 +284,8 @@ class LauncherConfig(Section):
     itself under torchrun)."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of the local launcher's store; 0 takes a free one."""
+    max_failures: NonNegative = 0
+    """local: so many times a run whose worker died is started again, from its newest complete checkpoint."""
 
 
 class MetricsConfig(Section):
@@ -300,6 +302,17 @@ class TraceConfig(Section):
     """First optimizer step of the window."""
     num_steps: NonNegative = 20
     """Length of the window; 0 records nothing."""
+
+
+class CheckpointConfig(Section):
+    """What is saved while training, and what a run starts from."""
+
+    every: NonNegative = 0
+    """Optimizer steps between two checkpoints; 0 writes only the final one."""
+    keep: Positive = 2
+    """Newest complete checkpoints that are kept."""
+    resume: Annotated[str, Field(min_length=1)] = "never"
+    """never; auto: go on with the newest unfinished run of this name and config, if there is one; or a run folder."""
 
 
 class RunConfig(Section):
@@ -338,6 +351,7 @@ class Config(Section):
     launcher: LauncherConfig = LauncherConfig()
     metrics: MetricsConfig = MetricsConfig()
     trace: TraceConfig = TraceConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")

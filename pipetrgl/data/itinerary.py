@@ -74,12 +74,12 @@ class Itinerary:
     def stops(self, first_step: int = 0) -> Iterator[Stop]:
         """Every micro-batch in order; from `first_step` > 0 on, the tail of the uninterrupted run with its indices.
 
-        What comes after step `first_step` - 1 and before step `first_step`, an evaluation, is not repeated.
+        The tail starts with the evaluation that follows step `first_step` - 1, if one does: a checkpoint of that step
+        was taken before it.
         """
-        index = self._num_stops_before(first_step) if first_step else 0
-        if first_step == 0:
-            yield from self._evaluations(0, index)
-            index += self._num_evaluation_stops(0)
+        index = self._num_stops_before(first_step) - self._num_evaluation_stops(first_step)
+        yield from self._evaluations(first_step, index)
+        index += self._num_evaluation_stops(first_step)
         for step in range(first_step, self.total_steps):
             yield from self._step(step, index)
             index += self._num_parts(step)

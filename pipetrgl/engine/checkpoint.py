@@ -1,43 +1,198 @@
-"""Checkpoint files: one safetensors file a stage, written whole or not at all; the manifest comes last.
+"""Checkpoints: each stage saves when the closing micro-batch of a chosen step has passed, without a barrier.
 
-checkpoints/step-752/stage-0.safetensors ... stage-3.safetensors manifest.json
+    checkpoints/step-752/stage-0.safetensors ... stage-3.safetensors manifest.json
+
+Data flows one way and in order, so the files of one step are a consistent cut: nothing in flight belongs to it. Keys
+are names of the network, so another number of stages or other cuts can read them. The manifest comes last and makes
+the checkpoint complete.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Sequence
+import shutil
+import threading
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
+import safetensors
 import safetensors.torch
+from torch import Tensor
 
-from pipetrgl.engine.metrics import Sink
-from pipetrgl.microbatch import MicroBatch
+from pipetrgl.engine.metrics import Sink, TrainMetrics
+from pipetrgl.errors import ConfigError
+from pipetrgl.microbatch import MicroBatch, Split
 from pipetrgl.stage import Stage, StageOutput
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+MANIFEST = "manifest.json"
 
 
 @final
-class SaveFinal:
-    """Writes the stage's weights when the stream has ended, and tells the sink which file holds them."""
+class SaveCheckpoints:
+    """Snapshots the stage at once and writes the snapshot in the background; tells the sink which file holds it.
 
-    def __init__(self, stage: Stage, run: Path, sink: Sink) -> None:
+    A file that cannot be written, on a full disk for example, is a warning: training goes on, and the checkpoint before
+    stays the newest complete one.
+
+    Args:
+        stage: saved with its optimizer.
+        metrics: whose sums since the last row are saved as well, so that a resumed run writes the same rows.
+        run: the run folder.
+        sink: takes rows of kind "checkpoint".
+        every: optimizer steps between two checkpoints; 0 for none before the end.
+        final: save when the stream ends.
+    """
+
+    def __init__(self, stage: Stage, metrics: TrainMetrics, run: Path, sink: Sink, every: int, final: bool) -> None:
         self._stage = stage
+        self._metrics = metrics
         self._run = run
         self._sink = sink
+        self._every = every
+        self._final = final
+        self._saved: int | None = None
+        self._writer: threading.Thread | None = None
 
     def __call__(self, micro_batch: MicroBatch, output: StageOutput) -> None:
-        pass
+        closes = micro_batch.split is Split.TRAIN and micro_batch.closes_step
+        if closes and self._every and self._stage.num_updates % self._every == 0:
+            self._save()
 
     def close(self) -> None:
-        folder = self._run / "checkpoints" / f"step-{self._stage.num_updates}"
-        path = folder / f"stage-{self._stage.index}.safetensors"
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self._stage.state().items()}
-        digest = write_atomically(path, safetensors.torch.save(state))
-        file = str(path.relative_to(self._run))
-        self._sink({"kind": "file", "stage": self._stage.index, "file": file, "sha256": digest})
+        if self._final and self._saved != self._stage.num_updates:
+            self._save()
+        if self._writer is not None:
+            self._writer.join()
+
+    def _save(self) -> None:
+        if self._writer is not None:
+            self._writer.join()  # at most one snapshot is in memory: a slow disk slows the stage, not its memory
+        step = self._saved = self._stage.num_updates
+        # Cloned, also on the CPU: the next step changes the weights in place while the file is being written.
+        state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self._state().items()}
+        self._writer = threading.Thread(target=self._write, args=(step, state), name="checkpoint", daemon=True)
+        self._writer.start()
+
+    def _state(self) -> dict[str, Tensor]:
+        metrics = self._metrics.state()
+        return {
+            **self._stage.state(),
+            **self._stage.optimizer_state(),
+            **{f"metrics.{self._stage.span}.{name}": tensor for name, tensor in metrics.items()},
+        }
+
+    def _write(self, step: int, state: dict[str, Tensor]) -> None:
+        name = f"stage-{self._stage.index}.safetensors"
+        try:
+            digest = write_atomically(step_folder(self._run, step) / name, safetensors.torch.save(state))
+        except OSError as error:
+            logger.warning(
+                "s%d/%d step %d: the checkpoint could not be written (%s); training goes on",
+                self._stage.index, self._stage.num_stages, step, error,
+            )  # fmt: skip
+            return
+        row = {"kind": "checkpoint", "stage": self._stage.index, "step": step, "file": name, "sha256": digest}
+        self._sink(row)
+
+
+@final
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint.
+
+    Attributes:
+        folder: of its files.
+        step: optimizer steps that it holds.
+        files: file name -> SHA-256.
+    """
+
+    folder: Path
+    step: int
+    files: Mapping[str, str]
+
+    @staticmethod
+    def read(folder: Path) -> Checkpoint:
+        """Read the manifest and verify every file.
+
+        Raises:
+            ConfigError: no manifest, a file is missing, damaged or not what the manifest says; runs no code from it.
+        """
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            step, files = int(manifest["step"]), {str(name): str(digest) for name, digest in manifest["files"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"checkpoint {folder}: no readable {MANIFEST}; it is not complete ({error})") from error
+        if manifest.get("format") != _FORMAT:
+            raise ConfigError(f"checkpoint {folder}: format {manifest.get('format')}, expected {_FORMAT}")
+        for name, digest in files.items():
+            _verify(folder, name, digest)
+        return Checkpoint(folder, step, files)
+
+    def load_into(self, stage: Stage, metrics: TrainMetrics) -> None:
+        """Set weights, buffers, optimizer and sums of a stage, from whichever files hold its names."""
+        prefixes = (f"metrics.{stage.span}.", f"objective.{stage.last_block}.")
+        wanted = stage.state().keys()
+        found: dict[str, Tensor] = {}
+        for file in sorted(self.files):
+            with safetensors.safe_open(self.folder / file, framework="pt") as tensors:
+                names = [name for name in list(tensors.keys()) if _belongs(name, wanted, prefixes)]
+                found.update({name: tensors.get_tensor(name) for name in names})
+        missing = stage.load_state(found)
+        if missing:
+            logger.warning(
+                "s%d/%d: %s has nothing for %s; it starts from its start weights",
+                stage.index, stage.num_stages, self.folder, ", ".join(missing),
+            )  # fmt: skip
+        stage.num_updates = self.step
+        prefix = f"metrics.{stage.span}."
+        metrics.load_state({k.removeprefix(prefix): tensor for k, tensor in found.items() if k.startswith(prefix)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """For workers, who need not verify the files again."""
+        return {"folder": str(self.folder), "step": self.step, "files": dict(self.files)}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Checkpoint | None:
+        """The inverse of `to_dict`; None of an empty mapping."""
+        return Checkpoint(Path(values["folder"]), values["step"], values["files"]) if values else None
+
+
+def newest_complete(run: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run that is complete and undamaged; a damaged one is skipped with a warning."""
+    for folder in sorted((run / "checkpoints").glob("step-*"), key=_step_of, reverse=True):
+        if not (folder / MANIFEST).exists():
+            continue  # some stage had not saved it yet when the run ended
+        try:
+            return Checkpoint.read(folder)
+        except ConfigError as error:
+            logger.warning("%s; taking the one before", error)
+    return None
+
+
+def write_manifest(folder: Path, step: int, files: Mapping[str, str]) -> None:
+    """The list that makes a checkpoint complete: the SHA-256 of every stage's file."""
+    content = {"format": _FORMAT, "step": step, "files": dict(sorted(files.items()))}
+    write_atomically(folder / MANIFEST, json.dumps(content, indent=2).encode())
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` complete checkpoints, and incomplete ones older than those."""
+    folders = sorted((run / "checkpoints").glob("step-*"), key=_step_of, reverse=True)
+    complete = [folder for folder in folders if (folder / MANIFEST).exists()]
+    if len(complete) < keep:
+        return
+    for folder in folders:
+        if _step_of(folder) < _step_of(complete[keep - 1]):
+            (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed one is not complete
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_atomically(path: Path, content: bytes) -> str:
@@ -55,7 +210,26 @@ def write_atomically(path: Path, content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def write_manifest(folder: Path, files: Sequence[tuple[str, str]], config_hash: str) -> None:
-    """The list that makes a checkpoint complete: (file name, SHA-256) of every stage."""
-    content = {"format": 1, "config": config_hash, "files": dict(sorted(files))}
-    write_atomically(folder / "manifest.json", json.dumps(content, indent=2).encode())
+def step_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step}"
+
+
+def _step_of(folder: Path) -> int:
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
+
+
+def _verify(folder: Path, name: str, digest: str) -> None:
+    path = folder / name
+    if path.parent != folder or not path.is_file():
+        raise ConfigError(f"checkpoint {folder}: {name} is missing")
+    with path.open("rb") as file:
+        got = hashlib.file_digest(file, "sha256").hexdigest()
+    if got != digest:
+        raise ConfigError(f"checkpoint {folder}: {name} is damaged (SHA-256 {got[:12]}.., expected {digest[:12]}..)")
+
+
+def _belongs(name: str, wanted: Set[str], prefixes: tuple[str, ...]) -> bool:
+    """Whether a stage wants a tensor: by its own name, by its parameter's (optimizer state), or by a prefix."""
+    parameter = name.removeprefix("optimizer.").rpartition(".")[0]
+    return name in wanted or name.startswith(prefixes) or (name.startswith("optimizer.") and parameter in wanted)

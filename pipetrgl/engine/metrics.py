@@ -69,6 +69,17 @@ class TrainMetrics:
             self._write()
         self._sink(self._clock.summary(self._stage))
 
+    def state(self) -> dict[str, Tensor]:
+        """The sums since the last row, for a checkpoint between two rows."""
+        if self._sums is None:
+            return {}
+        return {"sums": self._sums, "rows": torch.tensor(self._rows)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from the sums of a checkpoint; nothing to do where it was taken at a row."""
+        if state:
+            self._sums, self._rows = state["sums"].clone(), int(state["rows"])
+
     def _write(self) -> None:
         assert self._sums is not None
         assert self._last is not None

@@ -21,6 +21,7 @@ from pipetrgl.channels.c10d import Store, TCPStore
 from pipetrgl.channels.heartbeat import FAILURE, Heartbeat, remote_error
 from pipetrgl.config.load import load
 from pipetrgl.data.dataset import DataSpec
+from pipetrgl.engine.checkpoint import Checkpoint
 from pipetrgl.engine.metrics import Sink
 from pipetrgl.errors import Interrupted, LaunchError, PipetrglError
 from pipetrgl.launchers.process import (
@@ -50,6 +51,7 @@ def launch(job: Job, sink: Sink) -> None:
     config = job.blueprint.config
     board = Board(_host_store(config.launcher.port))
     board.post("spec", job.blueprint.spec.to_dict())
+    board.post("checkpoint", job.checkpoint.to_dict() if job.checkpoint else {})
     workers = _Workers(job, board.store.port)
     collector = Collector(board, job.blueprint.world.size, sink)
     alarm = Alarm()
@@ -179,8 +181,10 @@ def _worker(run: Path, rank: int, port: int) -> None:
     """The main of a worker process."""
     end_on_signals()
     store = TCPStore(_HOST, port, is_master=False, timeout=timedelta(seconds=30))
+    board = Board(store)
     try:
-        spec = DataSpec.from_dict(Board(store).read("spec", 30.0, Alarm(), "the launcher's data specification"))
+        spec = DataSpec.from_dict(board.read("spec", 30.0, Alarm(), "the launcher's data specification"))
+        checkpoint = Checkpoint.from_dict(board.read("checkpoint", 30.0, Alarm(), "the launcher's checkpoint"))
         blueprint = draw_up(load(run / "config.yaml"), spec)
         place = blueprint.world.place(rank)
         log_to_stderr()
@@ -188,7 +192,7 @@ def _worker(run: Path, rank: int, port: int) -> None:
         if device.type == "cuda":
             device = torch.device("cuda", rank % torch.cuda.device_count())
             torch.cuda.set_device(device)
-        run_process(Job(blueprint, run, dict(os.environ)), Membership(store, place, device, _HOST))
+        run_process(Job(blueprint, run, dict(os.environ), checkpoint), Membership(store, place, device, _HOST))
     except Interrupted:
         exit_now(Interrupted.exit_code)
     except PipetrglError as error:

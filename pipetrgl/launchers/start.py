@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -17,13 +19,13 @@ from typing import Any
 import torch
 
 from pipetrgl.blueprint import Blueprint, draw_up
-from pipetrgl.config.load import config_hash, dump
+from pipetrgl.config.load import config_hash, dump, load
 from pipetrgl.config.schema import Config
 from pipetrgl.data import catalogue
 from pipetrgl.data.dataset import DataSpec
-from pipetrgl.engine.checkpoint import write_atomically
+from pipetrgl.engine.checkpoint import Checkpoint, newest_complete, write_atomically
 from pipetrgl.engine.metrics import Row, Sink
-from pipetrgl.errors import ConfigError, Interrupted, LaunchError, PipetrglError
+from pipetrgl.errors import ConfigError, Interrupted, LaunchError, LinkError, PipetrglError
 from pipetrgl.launchers import local, serial, threads, torchrun
 from pipetrgl.recorder import Recorder
 from pipetrgl.worker import Job
@@ -62,11 +64,11 @@ def train(config: Config, open_display: Callable[[Blueprint, Path], Display]) ->
     if config.launcher.name == "torchrun":
         torchrun.join()  # explains how to start it
     blueprint = draw_up(config, describe(config))
-    run = make_run_folder(config)
-    job = Job(blueprint, run, dict(os.environ))
+    run, checkpoint = choose_start(config, config.checkpoint.resume)
+    job = Job(blueprint, run, dict(os.environ), checkpoint)
     recorder = Recorder(run, blueprint, open_display(blueprint, run))
-    launch = _IN_THIS_PROCESS[config.launcher.name]
-    return _lead(recorder, config.launcher.name, lambda: launch(job, recorder))
+    recorder.rewind(job.first_step)
+    return _lead(recorder, config.launcher.name, lambda: _launch_again(job, recorder))
 
 
 def _train_rank(config: Config, open_display: Callable[[Blueprint, Path], Display]) -> Row | None:
@@ -75,13 +77,31 @@ def _train_rank(config: Config, open_display: Callable[[Blueprint, Path], Displa
     spec = torchrun.shared_spec(me, lambda: describe(config), timeout_s)
     blueprint = draw_up(config, spec)
     blueprint.world.require_size(me.world_size)
-    run = torchrun.shared_run(me, lambda: make_run_folder(config), timeout_s)
-    job = Job(blueprint, run, dict(os.environ))
+    resume = "auto" if torchrun.num_restarts() else config.checkpoint.resume
+    run, checkpoint = torchrun.shared_start(me, lambda: choose_start(config, resume), timeout_s)
+    job = Job(blueprint, run, dict(os.environ), checkpoint)
     if not me.leads:
         torchrun.launch(job, me, _discard)
         return None
     recorder = Recorder(run, blueprint, open_display(blueprint, run))
+    recorder.rewind(job.first_step)
     return _lead(recorder, "torchrun", lambda: torchrun.launch(job, me, recorder))
+
+
+def _launch_again(job: Job, recorder: Recorder) -> None:
+    """Launch; after a worker died, up to `launcher.max_failures` times again from the newest complete checkpoint."""
+    config = job.blueprint.config
+    for failures in itertools.count(1):
+        try:
+            _IN_THIS_PROCESS[config.launcher.name](job, recorder)
+            return
+        except (LaunchError, LinkError) as error:
+            if failures > config.launcher.max_failures:
+                raise
+            job = dataclasses.replace(job, checkpoint=newest_complete(job.run))
+            recorder.rewind(job.first_step)
+            message = f"{error}; starting all workers again from step {job.first_step}"
+            recorder({"kind": "log", "stage": 0, "level": "WARNING", "message": message})
 
 
 def _lead(recorder: Recorder, launcher: str, launch: Callable[[], None]) -> Row:
@@ -100,6 +120,44 @@ def _lead(recorder: Recorder, launcher: str, launch: Callable[[], None]) -> Row:
     return recorder.finish("done", launcher, environment())
 
 
+def choose_start(config: Config, resume: str) -> tuple[Path, Checkpoint | None]:
+    """The run folder, and the checkpoint in it or in another run that training goes on from.
+
+    Args:
+        config: of the run.
+        resume: "never", "auto" (the newest unfinished run of this name and config goes on in its own folder), or a run
+            folder, whose newest complete checkpoint starts a new run.
+    Raises:
+        ConfigError: the folder named by `resume` has no complete checkpoint.
+    """
+    if resume == "auto":
+        for run in sorted(Path(config.run.folder).absolute().glob(f"{_folder_name(config, '*')}*"), reverse=True):
+            if _goes_on(run, config):
+                return run, newest_complete(run)
+    elif resume != "never":
+        checkpoint = newest_complete(Path(resume).expanduser().absolute())
+        if checkpoint is None:
+            raise ConfigError(f"checkpoint.resume: '{resume}' holds no complete checkpoint")
+        return make_run_folder(config), checkpoint
+    return make_run_folder(config), None
+
+
+def _goes_on(run: Path, config: Config) -> bool:
+    """Whether `run` is an unfinished run of the same config."""
+    try:
+        if config_hash(load(run / "config.yaml")) != config_hash(config):
+            return False
+        return bool(json.loads((run / "result.json").read_text(encoding="utf-8"))["status"] != "done")
+    except ConfigError:
+        return False
+    except (OSError, ValueError, KeyError):
+        return True  # killed before it could write a result
+
+
+def _folder_name(config: Config, time: str) -> str:
+    return f"{config.run.name}-{time}-{config_hash(config)[:4]}"
+
+
 def make_run_folder(config: Config) -> Path:
     """`runs/<name>-<UTC>-<hash4>` with the resolved config and the environment; never an existing folder.
 
@@ -107,7 +165,7 @@ def make_run_folder(config: Config) -> Path:
         ConfigError: it cannot be written.
     """
     time = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
-    name = f"{config.run.name}-{time}-{config_hash(config)[:4]}"
+    name, text = _folder_name(config, time), dump(config)
     try:
         for attempt in range(1000):
             run = Path(config.run.folder).absolute() / (name if attempt == 0 else f"{name}-{attempt}")
@@ -118,7 +176,7 @@ def make_run_folder(config: Config) -> Path:
                 if run.parent.is_dir():
                     continue
                 raise
-        write_atomically(run / "config.yaml", dump(config).encode())
+        write_atomically(run / "config.yaml", text.encode())
         write_atomically(run / "env.json", json.dumps(environment(), indent=2).encode())
     except OSError as error:
         raise ConfigError(f"run.folder: cannot write to '{config.run.folder}': {error.strerror}") from error

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import final
+from typing import Any, cast, final
 
 import torch
 
@@ -18,11 +18,14 @@ from pipetrgl.channels.board import Board
 from pipetrgl.channels.c10d import PrefixStore, Store, rendezvous
 from pipetrgl.channels.connect import address_towards
 from pipetrgl.data.dataset import DataSpec
+from pipetrgl.engine.checkpoint import Checkpoint
 from pipetrgl.engine.metrics import Sink
 from pipetrgl.errors import LaunchError
 from pipetrgl.launchers.process import Collector, Membership, end_on_signals, run_process
 from pipetrgl.logs import log_to_stderr
 from pipetrgl.worker import Job
+
+Start = tuple[Path, Checkpoint | None]
 
 _POLL_S = 0.2
 
@@ -119,8 +122,19 @@ def shared_spec(me: Rank, describe: Callable[[], DataSpec], timeout_s: float) ->
     return DataSpec.from_dict(me.agree_on("spec", lambda: describe().to_dict(), timeout_s))
 
 
-def shared_run(me: Rank, make: Callable[[], Path], timeout_s: float) -> Path:
-    """The run folder that rank 0 made; on another machine the same path is created."""
-    run = Path(str(me.agree_on("run", lambda: {"run": str(make())}, timeout_s)["run"]))
+def shared_start(me: Rank, make: Callable[[], Start], timeout_s: float) -> Start:
+    """The run folder and checkpoint that rank 0 chose; on another machine the same folder is created."""
+
+    def chosen() -> dict[str, object]:
+        run, checkpoint = make()
+        return {"run": str(run), "checkpoint": checkpoint.to_dict() if checkpoint else {}}
+
+    note = me.agree_on("start", chosen, timeout_s)
+    run = Path(str(note["run"]))
     run.mkdir(parents=True, exist_ok=True)
-    return run
+    return run, Checkpoint.from_dict(cast(dict[str, Any], note["checkpoint"]))
+
+
+def num_restarts() -> int:
+    """How often torchrun has started this world again (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

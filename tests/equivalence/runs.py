@@ -57,7 +57,8 @@ def run(config: Config) -> Path:
 def weights(folder: Path) -> dict[str, Tensor]:
     """Every final weight and buffer of a run, by name, whatever its stages."""
     state: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("checkpoints/step-*/stage-*.safetensors")):
+    newest = max(folder.glob("checkpoints/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    for file in sorted(newest.glob("stage-*.safetensors")):
         state |= safetensors.torch.load_file(file)
     return state
 
