@@ -67,7 +67,9 @@ class SaveCheckpoints:
             self._save()
 
     def close(self) -> None:
-        if self._final and self._saved != self._stage.num_updates:
+        step = self._stage.num_updates
+        complete = (step_folder(self._run, step) / MANIFEST).exists()  # a run that went on from its own last step
+        if self._final and self._saved != step and not complete:
             self._save()
         if self._writer is not None:
             self._writer.join()

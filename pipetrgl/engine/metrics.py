@@ -45,9 +45,10 @@ class TrainMetrics:
         self._sums: Tensor | None = None
         self._cost_names: tuple[str, ...] = ()
         self._rows = 0
-        self._last: MicroBatch | None = None
+        self._step = self._epoch = 0
 
     def __call__(self, micro_batch: MicroBatch, output: StageOutput) -> None:
+        self._cost_names = output.cost_names
         if micro_batch.split is not Split.TRAIN:
             self._clock.skip()
             return
@@ -58,10 +59,9 @@ class TrainMetrics:
         parts = torch.stack([loss.total.detach(), loss.task, loss.transport, *loss.by_block])
         sums = torch.cat([parts * rows, correct.to(parts.dtype).view(1)])
         self._sums = sums if self._sums is None else self._sums + sums
-        self._cost_names = output.cost_names
         self._rows += rows
-        self._last = micro_batch.carrying(torch.empty(0))
-        if micro_batch.closes_step and (micro_batch.step + 1) % self._every == 0:
+        self._step, self._epoch = micro_batch.step + 1, micro_batch.epoch
+        if micro_batch.closes_step and self._step % self._every == 0:
             self._write()
 
     def close(self) -> None:
@@ -73,18 +73,18 @@ class TrainMetrics:
         """The sums since the last row, for a checkpoint between two rows."""
         if self._sums is None:
             return {}
-        return {"sums": self._sums, "rows": torch.tensor(self._rows)}
+        return {"sums": self._sums, "place": torch.tensor([self._rows, self._step, self._epoch])}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from the sums of a checkpoint; nothing to do where it was taken at a row."""
         if state:
-            self._sums, self._rows = state["sums"].clone(), int(state["rows"])
+            self._sums = state["sums"].to(self._stage.device, copy=True)
+            self._rows, self._step, self._epoch = map(int, state["place"])
 
     def _write(self) -> None:
         assert self._sums is not None
-        assert self._last is not None
         local, task, transport, *by_block, correct = self._sums.tolist()
-        rows, step = self._rows, self._last.step + 1
+        rows, step = self._rows, self._step
         if not all(map(_is_finite, (local, task, transport))):
             raise DivergedError(
                 f"stage {self._stage.index}, between steps {step - self._every + 1} and {step}: the local loss is "
@@ -96,7 +96,7 @@ class TrainMetrics:
             "stage": self._stage.index,
             "replica": 0,
             "step": step,
-            "epoch": self._last.epoch,
+            "epoch": self._epoch,
             "local_loss": local / rows,
             "task_loss": task / rows,
             "transport_cost": transport / rows,

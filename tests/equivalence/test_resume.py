@@ -63,6 +63,22 @@ def test_a_run_whose_stage_fails_once_equals_an_undisturbed_one(
     assert_equal_runs(disturbed, undisturbed)
 
 
+def test_a_run_killed_after_its_last_step_writes_its_last_rows_again(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "pipeline": {"stages": 2},
+        "launcher": {"name": "serial"},
+        "checkpoint": {"every": 10, "resume": "auto"},
+        "metrics": {"every": 4},  # the last row covers two steps only
+    }
+    undisturbed = run(tiny("resnet", tmp_path / "a", **options))
+    killed = run(tiny("resnet", tmp_path / "b", **options))
+    (killed / "result.json").unlink()
+    lines = (killed / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (killed / "metrics.jsonl").write_text("".join(lines[:-6]) + '{"kind": "tr')
+    assert run(tiny("resnet", tmp_path / "b", **options)) == killed
+    assert_equal_runs(killed, undisturbed)
+
+
 def test_more_failures_than_allowed_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     break_once(monkeypatch, 0, 3)
     with pytest.raises(LaunchError, match="injected"):
