@@ -71,7 +71,7 @@ def join() -> Rank:
     except RuntimeError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise LaunchError(f"cannot reach torchrun's store at {where}: {str(error).splitlines()[0]}") from error
-    return Rank(PrefixStore("pipetrgl", store), rank, world_size)
+    return Rank(PrefixStore(f"pipetrgl/attempt-{num_restarts()}", store), rank, world_size)
 
 
 def launch(job: Job, me: Rank, sink: Sink) -> None:
