@@ -1,8 +1,9 @@
-"""Every launcher, model, number of stages and capacity against the serial loop: all weights and metrics, bit for bit.
+"""The process launchers, every model, number of stages and capacity against the serial loop: all weights and metrics, bit for bit.
 
     python -m benchmarks.exactness > benchmarks/exactness.txt
 
-120 runs of 30 steps with evaluations, each a command as a user gives it (threads run inside this process).
+80 runs of 30 steps with evaluations, each a command as a user gives it. The threads launcher has its 40 comparisons in
+tests/equivalence/test_equivalence.py, which runs them every time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pipetrgl.launchers.start import environment
 from tests.equivalence.runs import MODELS, assert_equal_runs, metrics, run, tiny, weights
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES, CAPACITIES, LAUNCHERS = (1, 2, 4, 8), (1, 8), ("threads", "local", "torchrun")
+STAGES, CAPACITIES, LAUNCHERS = (1, 2, 4, 8), (1, 8), ("local", "torchrun")
 
 
 def trained(launcher: str, model: str, stages: int, capacity: int, folder: Path) -> Path:

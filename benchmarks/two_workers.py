@@ -116,7 +116,7 @@ class Worker:
         self.board = Board(TCPStore("127.0.0.1", port, is_master=False))
         cpu = torch.device("cpu")
         place = self.blueprint.world.place(rank)
-        links = StoreLinks(self.blueprint, Membership(self.board.store, place, cpu, "127.0.0.1"), self.board, Alarm())
+        links = StoreLinks(self.job, Membership(self.board.store, place, cpu, "127.0.0.1"), self.board, Alarm())
         self.stages = [build_stage(self.blueprint, index, cpu) for index in range(2)]
         self.prepared = [prepared(self.blueprint, index) for index in range(2)]
         self.stream: Iterator[MicroBatch] = iter(build_loader(self.job) if rank == 0 else links.inbox(1))

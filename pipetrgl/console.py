@@ -126,4 +126,7 @@ def print_result(console: Console, result: Row) -> None:
     seconds = result["train_s"]
     if seconds is not None:
         slowest = rate(result["images_per_s"])
-        console.print(f"{result['num_steps']} steps in {seconds:.0f} s, {slowest} images/s", highlight=False)
+        console.print(
+            f"{result['num_steps'] - result['first_step']} steps in {seconds:.0f} s, {slowest} images/s",
+            highlight=False,
+        )

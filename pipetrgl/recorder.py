@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any, final
 
 from pipetrgl.blueprint import Blueprint
-from pipetrgl.engine.checkpoint import prune, step_folder, write_atomically, write_manifest
+from pipetrgl.engine.checkpoint import drop_after, prune, step_folder, write_atomically, write_manifest
 from pipetrgl.engine.metrics import Row
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class Recorder:
         self._events: list[dict[str, Any]] = []
         self._files: dict[int, dict[str, str]] = {}  # step -> file -> SHA-256
         self._start = time.perf_counter()
+        self._first_step = 0
 
     def __call__(self, row: Row) -> None:
         kind = row["kind"]
@@ -74,8 +75,13 @@ class Recorder:
         kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _precedes(line, step)]
         write_atomically(path, "".join(kept).encode())
         self._metrics = _open(self._run)
+        drop_after(self._run, step)
         self._events.clear()
         self._files.clear()
+        self._stages = [{} for _ in self._stages]
+        for row in map(json.loads, kept):
+            self._stages[row["stage"]][row["kind"]] = row
+        self._first_step = step
 
     def _note_file(self, row: Row) -> None:
         """The manifest makes a checkpoint complete once every stage has written its file."""
@@ -106,6 +112,7 @@ class Recorder:
             "config_hash": self._blueprint.config_hash,
             "num_stages": len(stages),
             "num_steps": max(stage["num_steps"] for stage in stages),
+            "first_step": self._first_step,
             "total_steps": self._blueprint.itinerary.total_steps,
             "num_parameters": {
                 "stages": [stage["num_parameters"] for stage in stages],

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipetrgl.blocks import BlockOutput, BlockSpec
 from pipetrgl.channels.contracts import ReplicaGroup
+from pipetrgl.errors import ModelError
 from pipetrgl.microbatch import Activation, MicroBatch
 from pipetrgl.objective import LocalLoss, StageObjective
 from pipetrgl.seeds import derive
@@ -80,6 +81,8 @@ class Stage:
         self._reseed = parts.reseed
         self._seed = parts.seed
         counted = [position for position, spec in enumerate(self.specs) if spec.counted]
+        sgd = isinstance(parts.optimizer, torch.optim.SGD)
+        self._remembers = {"momentum_buffer"} if sgd else {"step", "exp_avg", "exp_avg_sq"}
         self._first_counted, self._last_counted = counted[0], counted[-1]
 
     def forward(self, micro_batch: MicroBatch, train: bool) -> StageOutput:
@@ -167,13 +170,21 @@ class Stage:
         missing = []
         for prefix, module in self.named_modules():
             own = {name: state[prefix + name] for name in module.state_dict() if prefix + name in state}
+            for name, tensor in own.items():
+                if tensor.shape != module.state_dict()[name].shape:
+                    raise ModelError(
+                        f"stage {self.index}: the checkpoint holds {prefix}{name} of shape {tuple(tensor.shape)}, but "
+                        f"this model's is {tuple(module.state_dict()[name].shape)}; it is of another model"
+                    )
             if len(own) == len(module.state_dict()):
                 module.load_state_dict(own)
             else:
                 missing.append(prefix.rstrip("."))
         for name, parameter in self.named_parameters():
             remembered = _below(state, f"optimizer.{name}.")
-            if remembered:
+            if remembered and remembered.keys() != self._remembers:
+                missing.append(f"the optimizer state of {name}")
+            elif remembered:
                 self.optimizer.state[parameter] = {
                     what: value.clone() if value.ndim == 0 else value.to(self.device, copy=True)
                     for what, value in remembered.items()

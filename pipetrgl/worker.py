@@ -96,6 +96,9 @@ def run_worker(job: Job, place: Place, links: Links, sink: Sink, device: torch.d
         hooks = [*build_hooks(job, stage, inbox, outbox, sink), TraceHook(spans, place.stage, sink), Listen(alarm)]
         loop.run(TracedStage(stage, spans), TracedInbox(inbox, spans), TracedOutbox(outbox, spans), Parallel(), hooks)
         sink({"kind": "memory", "stage": place.stage, "peak_rss_bytes": peak_rss_bytes()})
+    except BaseException as error:
+        alarm.ring(error)  # so that the threads of this worker's own links end as well
+        raise
     finally:
         inbox.close()
 
@@ -147,13 +150,13 @@ def build_loader(job: Job) -> Loader:
 def build_hooks(job: Job, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink) -> Sequence[loop.Hook]:
     """What looks at every micro-batch, in order; the stage and the metrics go on from the job's checkpoint."""
     config = job.blueprint.config
-    momentum = config.optim.momentum if config.optim.name == "sgd" else 0.0
+    momentum = config.optim.momentum
     metrics = TrainMetrics(stage, inbox, outbox, sink, config.metrics.every)
     if job.checkpoint is not None:
         job.checkpoint.load_into(stage, metrics)
     saves = SaveCheckpoints(stage, metrics, job.run, sink, config.checkpoint.every, config.run.save_final)
     return [
-        StabilityGuard(stage, optim.peak_rate(config.optim), momentum),
+        *([StabilityGuard(stage, optim.peak_rate(config.optim), momentum)] if config.optim.name == "sgd" else []),
         metrics,
         Evaluation(stage, sink),
         saves,  # after the metrics, whose sums it saves

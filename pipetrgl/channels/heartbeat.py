@@ -53,7 +53,8 @@ class Heartbeat:
     def stop(self) -> None:
         """End; neighbours stop expecting beats from this worker."""
         self._stop.set()
-        self._thread.join()
+        if self._thread.ident is not None:  # an error may have come before the start
+            self._thread.join()
 
     def _run(self) -> None:
         count = 1

@@ -183,17 +183,19 @@ class LinkInbox:
         return sum(slot.nbytes for slot in self._slots)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for lap, micro_batch in enumerate(self._box):
-            slot = lap % self._terms.capacity  # slots are filled and freed in turn, so counting names the slot
+        slot = 0  # slots are filled and freed in turn, so counting names the slot
+        for micro_batch in self._box:
             self._line.before_use(slot)
             yield micro_batch
             self._line.after_use(slot)
             del micro_batch
+            slot = (slot + 1) % self._terms.capacity
         self._alarm.check()
 
     def close(self) -> None:
         self._box.wake()
-        self._thread.join(timeout=5.0)  # ends with the sender's end header; a broken link's thread is a daemon
+        if not self._alarm.rang:  # a thread that hangs in a broken link is a daemon, and nobody waits for it
+            self._thread.join(timeout=5.0)
 
     def _receive(self) -> None:
         try:
@@ -210,7 +212,8 @@ class LinkInbox:
                 buffers = self._slots[lap % self._terms.capacity].views(header.tensors)
                 with _lost_if_broken(self._terms.sender):
                     self._line.fill(lap % self._terms.capacity, buffers)
-                activation = decode(self._terms.codec, buffers)
+                with self._line.decoding(lap % self._terms.capacity):
+                    activation = decode(self._terms.codec, buffers)
                 self._box.put(replace(header.labelled, activation=activation))
                 lap += 1
                 # a frame of a waiting thread must not keep the last activation of another codec alive
@@ -226,6 +229,11 @@ class LinkInbox:
         where = f"{terms.receiver}, step {batch.step}"
         if last_index >= 0 and batch.index != last_index + 1:
             raise LinkError(f"{where}: got micro-batch {batch.index} after {last_index} from {terms.sender}")
+        if header.codec != terms.codec.code:
+            raise LinkError(f"{where}: got codec {header.codec} from {terms.sender}, expected {terms.codec.code}")
+        if self._expected and len(header.tensors) != len(self._expected) * terms.codec.num_parts:
+            count = len(self._expected) * terms.codec.num_parts
+            raise LinkError(f"{where}: got {len(header.tensors)} tensors from {terms.sender}, expected {count}")
         for expected, got in zip(self._expected, header.tensors[:: terms.codec.num_parts], strict=False):
             want = wire.TensorSpec((batch.num_rows, *expected.shape), _wire_dtype(terms.codec, expected.dtype))
             if got != want:

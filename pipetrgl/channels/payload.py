@@ -6,7 +6,9 @@ So a delivered header is a credit, and these lines never send without one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, Protocol, final
 
@@ -31,8 +33,11 @@ class PayloadLine(Protocol):
     def fill(self, slot: int, buffers: Sequence[Tensor]) -> None:
         """Receive into the buffers of a slot."""
 
+    def decoding(self, slot: int) -> AbstractContextManager[None]:
+        """Around the decoding of a filled slot, in the link's thread."""
+
     def before_use(self, slot: int) -> None:
-        """Order the stage's computation after `fill`."""
+        """Order the stage's computation after `fill` and decoding."""
 
     def after_use(self, slot: int) -> None:
         """The stage has queued its last use of the slot."""
@@ -56,6 +61,9 @@ class GlooLine:
     def fill(self, slot: int, buffers: Sequence[Tensor]) -> None:
         for work in [self._group.recv([buffer], self._peer, _PAYLOAD_TAG) for buffer in buffers]:
             work.wait(FOREVER)
+
+    def decoding(self, slot: int) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def before_use(self, slot: int) -> None:
         pass
@@ -99,8 +107,16 @@ class NcclLine:
     def fill(self, slot: int, buffers: Sequence[Tensor]) -> None:
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(self._used[slot])  # an event never recorded is complete: the first lap passes
+            # the buffers may just have been allocated from memory that kernels of the default stream still read
+            self._stream.wait_stream(torch.cuda.default_stream(self._device))
             for buffer in buffers:
                 self._group.recv([buffer], self._peer, _PAYLOAD_TAG).wait()
+            self._filled[slot].record(self._stream)
+
+    @contextlib.contextmanager
+    def decoding(self, slot: int) -> Iterator[None]:
+        with torch.cuda.stream(self._stream):  # the receive is only queued there: decode behind it, on the same stream
+            yield
             self._filled[slot].record(self._stream)
 
     def before_use(self, slot: int) -> None:

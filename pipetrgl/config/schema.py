@@ -285,7 +285,7 @@ class LauncherConfig(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of the local launcher's store; 0 takes a free one."""
     max_failures: NonNegative = 0
-    """local: so many times a run whose worker died is started again, from its newest complete checkpoint."""
+    """local and threads: so often a run whose worker died is started again, from its newest complete checkpoint."""
 
 
 class MetricsConfig(Section):

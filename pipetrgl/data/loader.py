@@ -97,7 +97,7 @@ class Loader:
         with self._closing:
             # The thread may be blocked on a full queue. Room for its one pending item lets it see the event.
             self._drain()
-            self._thread.join()
+            self._thread.join(timeout=5.0)  # it may hang in a read from a dead file system
             self._drain()
             self._queue.put_nowait(_End())  # for a thread that waits in next()
 

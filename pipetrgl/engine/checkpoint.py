@@ -93,6 +93,12 @@ class SaveCheckpoints:
 
     def _write(self, step: int, state: dict[str, Tensor]) -> None:
         name = f"stage-{self._stage.index}.safetensors"
+        if not all(bool(tensor.isfinite().all()) for tensor in state.values() if tensor.is_floating_point()):
+            logger.warning(
+                "s%d/%d step %d: a weight is not finite, so no checkpoint is written; the one before stays the newest",
+                self._stage.index, self._stage.num_stages, step,
+            )  # fmt: skip
+            return
         try:
             digest = write_atomically(step_folder(self._run, step) / name, safetensors.torch.save(state))
         except OSError as error:
@@ -137,6 +143,19 @@ class Checkpoint:
         for name, digest in files.items():
             _verify(folder, name, digest)
         return Checkpoint(folder, step, files)
+
+    def require_fit(self, run: Path, total_steps: int) -> None:
+        """Compare with the length of the run that goes on from it.
+
+        Raises:
+            ConfigError: nothing is left to train; only the run's own last evaluation may be.
+        """
+        own = run in self.folder.parents
+        if self.step > total_steps or (self.step == total_steps and not own):
+            raise ConfigError(
+                f"checkpoint.resume: {self.folder} holds {self.step} steps, but this run has only {total_steps}; "
+                "raise train.epochs or train.max_steps"
+            )
 
     def load_into(self, stage: Stage, metrics: TrainMetrics) -> None:
         """Set weights, buffers, optimizer and sums of a stage, from whichever files hold its names."""
@@ -183,6 +202,14 @@ def write_manifest(folder: Path, step: int, files: Mapping[str, str]) -> None:
     """The list that makes a checkpoint complete: the SHA-256 of every stage's file."""
     content = {"format": _FORMAT, "step": step, "files": dict(sorted(files.items()))}
     write_atomically(folder / MANIFEST, json.dumps(content, indent=2).encode())
+
+
+def drop_after(run: Path, step: int) -> None:
+    """Remove checkpoints of steps that a run which goes on from `step` will take again, and half-written files."""
+    for folder in (run / "checkpoints").glob("step-*"):
+        if _step_of(folder) > step:
+            (folder / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def prune(run: Path, keep: int) -> None:

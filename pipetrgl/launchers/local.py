@@ -99,6 +99,7 @@ class _Workers:
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS refuses deterministic algorithms without it
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         }
         for rank in range(self._job.blueprint.world.size):

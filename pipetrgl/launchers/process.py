@@ -65,7 +65,7 @@ def run_process(job: Job, member: Membership) -> None:
     forward = _ForwardLogs(sink, member.place.stage)
     logging.getLogger("pipetrgl").addHandler(forward)
     try:
-        links = StoreLinks(job.blueprint, member, board, alarm)
+        links = StoreLinks(job, member, board, alarm)
         run_worker(job, member.place, links, sink, member.device, alarm)
         sink({"kind": "end", "stage": member.place.stage})
         heartbeat.stop()
@@ -96,6 +96,8 @@ def exit_now(code: int) -> None:
 
 
 def name_of(place: Place) -> str:
+    if place.rank < 0:
+        return "the launcher"
     return f"stage {place.stage} (rank {place.rank})"
 
 
@@ -157,8 +159,9 @@ class _ForwardLogs(logging.Handler):
 class StoreLinks:
     """Links over torch.distributed, opened through the run's store."""
 
-    def __init__(self, blueprint: Blueprint, member: Membership, board: Board, alarm: Alarm) -> None:
-        self._blueprint = blueprint
+    def __init__(self, job: Job, member: Membership, board: Board, alarm: Alarm) -> None:
+        blueprint = self._blueprint = job.blueprint
+        self._run_id = derive(0, blueprint.config_hash, job.run.name)
         self._member = member
         hello = Hello(
             rank=member.place.rank,
@@ -187,7 +190,7 @@ class StoreLinks:
     def _terms(self, sender: int) -> LinkTerms:
         channel, world = self._blueprint.config.channel, self._blueprint.world
         return LinkTerms(
-            run_id=derive(0, self._blueprint.config_hash),
+            run_id=self._run_id,
             capacity=channel.capacity,
             codec=CODECS[channel.codec],
             label_words=label_words(self._blueprint.max_rows),
@@ -216,7 +219,7 @@ def _report(error: BaseException, board: Board, place: Place) -> BaseException:
             return remote_error(failure)
         note = failure_note(error, place)
         board.post_first(FAILURE, note)
-        return remote_error(note)
+        return remote_error(board.find(FAILURE) or note)  # another worker may have been first
     except RuntimeError:
         return LaunchError("lost the run's store: the launcher that hosts it has died")
 

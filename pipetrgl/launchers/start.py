@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import glob
 import importlib.metadata
 import itertools
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from pipetrgl.recorder import Recorder
 from pipetrgl.worker import Job
 
 Display = Callable[[Row], None]
+_ORIGIN = "resumed-from.json"
 _IN_THIS_PROCESS: dict[str, Callable[[Job, Sink], None]] = {
     "serial": serial.launch,
     "threads": threads.launch,
@@ -65,6 +68,8 @@ def train(config: Config, open_display: Callable[[Blueprint, Path], Display]) ->
         torchrun.join()  # explains how to start it
     blueprint = draw_up(config, describe(config))
     run, checkpoint = choose_start(config, config.checkpoint.resume)
+    if checkpoint is not None:
+        checkpoint.require_fit(run, blueprint.itinerary.total_steps)
     job = Job(blueprint, run, dict(os.environ), checkpoint)
     recorder = Recorder(run, blueprint, open_display(blueprint, run))
     recorder.rewind(job.first_step)
@@ -79,6 +84,8 @@ def _train_rank(config: Config, open_display: Callable[[Blueprint, Path], Displa
     blueprint.world.require_size(me.world_size)
     resume = "auto" if torchrun.num_restarts() else config.checkpoint.resume
     run, checkpoint = torchrun.shared_start(me, lambda: choose_start(config, resume), timeout_s)
+    if checkpoint is not None:
+        checkpoint.require_fit(run, blueprint.itinerary.total_steps)
     job = Job(blueprint, run, dict(os.environ), checkpoint)
     if not me.leads:
         torchrun.launch(job, me, _discard)
@@ -98,7 +105,7 @@ def _launch_again(job: Job, recorder: Recorder) -> None:
         except (LaunchError, LinkError) as error:
             if failures > config.launcher.max_failures:
                 raise
-            job = dataclasses.replace(job, checkpoint=newest_complete(job.run))
+            job = dataclasses.replace(job, checkpoint=newest_complete(job.run) or _origin(job.run))
             recorder.rewind(job.first_step)
             message = f"{error}; starting all workers again from step {job.first_step}"
             recorder({"kind": "log", "stage": 0, "level": "WARNING", "message": message})
@@ -131,19 +138,31 @@ def choose_start(config: Config, resume: str) -> tuple[Path, Checkpoint | None]:
         ConfigError: the folder named by `resume` has no complete checkpoint.
     """
     if resume == "auto":
-        for run in sorted(Path(config.run.folder).absolute().glob(f"{_folder_name(config, '*')}*"), reverse=True):
+        for run in sorted(Path(config.run.folder).absolute().glob(f"{glob.escape(config.run.name)}-*"), reverse=True):
             if _goes_on(run, config):
-                return run, newest_complete(run)
+                # options outside the hash, such as deadlines or checkpoint.every, are those of today
+                write_atomically(run / "config.yaml", dump(config).encode())
+                return run, newest_complete(run) or _origin(run)
     elif resume != "never":
         checkpoint = newest_complete(Path(resume).expanduser().absolute())
         if checkpoint is None:
             raise ConfigError(f"checkpoint.resume: '{resume}' holds no complete checkpoint")
-        return make_run_folder(config), checkpoint
+        run = make_run_folder(config)
+        write_atomically(run / _ORIGIN, json.dumps(checkpoint.to_dict(), indent=2).encode())
+        return run, checkpoint
     return make_run_folder(config), None
 
 
+def _origin(run: Path) -> Checkpoint | None:
+    """The checkpoint of another run that this one started from, as long as it has none of its own."""
+    path = run / _ORIGIN
+    return Checkpoint.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
 def _goes_on(run: Path, config: Config) -> bool:
-    """Whether `run` is an unfinished run of the same config."""
+    """Whether `run` is an unfinished run of the same name and config."""
+    if not re.fullmatch(_folder_name(re.escape(config.run.name), r"\d{8}T\d{6}", config) + r"(-\d+)?", run.name):
+        return False
     try:
         if config_hash(load(run / "config.yaml")) != config_hash(config):
             return False
@@ -154,8 +173,8 @@ def _goes_on(run: Path, config: Config) -> bool:
         return True  # killed before it could write a result
 
 
-def _folder_name(config: Config, time: str) -> str:
-    return f"{config.run.name}-{time}-{config_hash(config)[:4]}"
+def _folder_name(name: str, time: str, config: Config) -> str:
+    return f"{name}-{time}-{config_hash(config)[:4]}"
 
 
 def make_run_folder(config: Config) -> Path:
@@ -165,7 +184,7 @@ def make_run_folder(config: Config) -> Path:
         ConfigError: it cannot be written.
     """
     time = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
-    name, text = _folder_name(config, time), dump(config)
+    name, text = _folder_name(config.run.name, time, config), dump(config)
     try:
         for attempt in range(1000):
             run = Path(config.run.folder).absolute() / (name if attempt == 0 else f"{name}-{attempt}")
@@ -210,8 +229,16 @@ def _git_sha() -> str | None:
 
 
 def _require_device(config: Config) -> None:
-    if config.pipeline.device == "cuda" and not torch.cuda.is_available():
+    if config.pipeline.device != "cuda":
+        return
+    if not torch.cuda.is_available():
         raise LaunchError("pipeline.device: 'cuda', but torch finds no CUDA device here; use pipeline.device=cpu")
+    num_devices = torch.cuda.device_count()
+    if config.launcher.name == "local" and not torchrun.is_torchrun() and num_devices < config.pipeline.stages:
+        raise LaunchError(
+            f"pipeline.device: {config.pipeline.stages} local stages need as many GPUs, and this machine has "
+            f"{num_devices}; NCCL does not connect two stages on one GPU"
+        )
 
 
 def _discard(row: Row) -> None:

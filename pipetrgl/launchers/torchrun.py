@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,10 +18,11 @@ from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.board import Board
 from pipetrgl.channels.c10d import PrefixStore, Store, rendezvous
 from pipetrgl.channels.connect import address_towards
+from pipetrgl.channels.heartbeat import FAILURE, remote_error
 from pipetrgl.data.dataset import DataSpec
 from pipetrgl.engine.checkpoint import Checkpoint
 from pipetrgl.engine.metrics import Sink
-from pipetrgl.errors import LaunchError
+from pipetrgl.errors import LaunchError, LinkError
 from pipetrgl.launchers.process import Collector, Membership, end_on_signals, run_process
 from pipetrgl.logs import log_to_stderr
 from pipetrgl.worker import Job
@@ -97,7 +99,7 @@ def launch(job: Job, me: Rank, sink: Sink) -> None:
     try:
         run_process(job, member)
         # the others end within the time that the last micro-batches take to pass
-        thread.join(blueprint.config.channel.wait_timeout_s)
+        _wait_for_the_others(collector, thread, Board(me.store), blueprint.config.channel.wait_timeout_s)
     finally:
         stop.set()
         thread.join(5.0)
@@ -107,6 +109,19 @@ def _collect(collector: Collector, stop: threading.Event) -> None:
     while not collector.complete and not stop.wait(_POLL_S):
         collector.poll()
     collector.poll()
+
+
+def _wait_for_the_others(collector: Collector, thread: threading.Thread, board: Board, timeout_s: float) -> None:
+    """Stage 0 is always done first; the run is done when every rank has posted its last row."""
+    deadline = time.monotonic() + timeout_s
+    while thread.is_alive():
+        thread.join(_POLL_S)
+        if (failure := board.find(FAILURE)) is not None:
+            raise remote_error(failure)
+        if time.monotonic() > deadline:
+            raise LinkError(f"waited {timeout_s:.0f} s for the last rows of the other ranks")
+    if not collector.complete:
+        raise LaunchError("the rows of the other ranks could not be collected; see the traceback above")
 
 
 def _device(blueprint: Blueprint) -> torch.device:

@@ -53,8 +53,8 @@ def test_all_problems_come_at_once_in_the_house_form(write: Write) -> None:
         "fashion_mnist, fashion_mnist_mini, image_folder, mnist_idx, stl10, synthetic.\n"
         "  line 7   objective.transport.tua: unknown key. Did you mean 'tau'? "
         "Allowed: half_rule, impl, kind, multipliers, norm, tau.\n"
-        "  line 9   pipline: unknown key. Did you mean 'pipeline'? Allowed: channel, checkpoint, data, defaults, evaluate, "
-        "launcher, metrics, model, objective, optim, pipeline, run, seed, trace, train."
+        "  line 9   pipline: unknown key. Did you mean 'pipeline'? Allowed: channel, checkpoint, data, defaults, "
+        "evaluate, launcher, metrics, model, objective, optim, pipeline, run, seed, trace, train."
     )
     assert caught.value.exit_code == 2
 

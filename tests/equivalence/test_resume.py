@@ -21,11 +21,11 @@ from pipetrgl.config.load import dump
 from pipetrgl.engine import checkpoint
 from pipetrgl.engine.checkpoint import Checkpoint, newest_complete
 from pipetrgl.engine.metrics import TrainMetrics
-from pipetrgl.errors import ConfigError, LaunchError
+from pipetrgl.errors import ConfigError, LaunchError, ModelError
 from pipetrgl.launchers.start import describe
 from pipetrgl.stage import Stage
 from pipetrgl.worker import build_stage
-from tests.equivalence.runs import assert_equal_runs, run, tiny
+from tests.equivalence.runs import MODELS, assert_equal_runs, run, tiny
 
 LONG: dict[str, Any] = {"pipeline": {"stages": 3}, "train": {"max_steps": 300, "epochs": 30}}
 ADAM = {"name": "adamw", "lr": 0.01}
@@ -273,6 +273,52 @@ class _NoInbox:
 def test_resume_from_a_folder_without_checkpoint_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="checkpoint.resume: '.*' holds no complete checkpoint"):
         run(tiny("mlp", tmp_path, pipeline={"stages": 2}, checkpoint={"resume": str(tmp_path)}))
+
+
+def test_a_finished_checkpoint_leaves_a_new_run_nothing_to_train(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds 30 steps, but this run has only 30; raise train.epochs"):
+        run(tiny("resnet", tmp_path, pipeline={"stages": 2}, checkpoint={"resume": str(saved)}))
+
+
+def test_a_checkpoint_of_another_model_is_refused(saved: Path, tmp_path: Path) -> None:
+    model = {**MODELS["resnet"], "width": 8}
+    options: dict[str, Any] = {"pipeline": {"stages": 2}, "launcher": {"name": "threads"}, "model": model}
+    with pytest.raises(ModelError, match=r"the checkpoint holds .* of shape .* it is of another model"):
+        run(tiny("resnet", tmp_path, checkpoint={"resume": str(saved)}, train={"max_steps": 34}, **options))
+
+
+def test_another_optimizer_starts_without_the_old_ones_memory(saved: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"pipeline": {"stages": 2}, "launcher": {"name": "threads"}, "optim": ADAM}
+    folder = run(tiny("resnet", tmp_path, checkpoint={"resume": str(saved)}, train={"max_steps": 34}, **options))
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["first_step"], result["num_steps"]) == (30, 34)
+
+
+def test_a_new_run_whose_worker_dies_at_once_still_goes_on_from_the_other_runs_checkpoint(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"pipeline": {"stages": 2}, "train": {"max_steps": 34}}
+    options["checkpoint"] = {"resume": str(saved)}
+    undisturbed = run(tiny("resnet", tmp_path / "a", launcher={"name": "serial"}, **options))
+    break_once(monkeypatch, 1, 32)
+    disturbed = run(tiny("resnet", tmp_path / "b", launcher={"name": "threads", "max_failures": 1}, **options))
+    assert_equal_runs(without_logs(disturbed), undisturbed)
+
+
+def test_going_on_from_an_earlier_checkpoint_removes_the_later_ones(copy: Path) -> None:
+    checkpoint.drop_after(copy, 28)
+    assert [folder.name for folder in (copy / "checkpoints").iterdir()] == ["step-28"]
+
+
+def test_weights_that_are_not_finite_make_no_checkpoint(tmp_path: Path) -> None:
+    config = tiny("mlp", tmp_path, pipeline={"stages": 1})
+    stage = build_stage(draw_up(config, describe(config)), 0, torch.device("cpu"))
+    next(iter(stage.state().values())).fill_(float("nan"))
+    rows: list[dict[str, Any]] = []
+    metrics = TrainMetrics(stage, _NoInbox(), NullOutbox(), rows.append, 5)
+    checkpoint.SaveCheckpoints(stage, metrics, tmp_path, rows.append, every=0, final=True).close()
+    assert rows == []
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_disk_that_is_full_stops_no_training_and_leaves_the_good_checkpoint(
