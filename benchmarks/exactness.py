@@ -1,4 +1,4 @@
-"""The process launchers, every model, number of stages and capacity against the serial loop: all weights and metrics, bit for bit.
+"""The process launchers at every model, number of stages and capacity against the serial loop, bit for bit.
 
     python -m benchmarks.exactness > benchmarks/exactness.txt
 

@@ -26,7 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
 TIMES = {"images_per_s", "wait_share"}
 
 
-def tiny(model: str, folder: Path, **sections: Any) -> Config:
+def tiny(model: str, folder: Path, /, **sections: Any) -> Config:
     """A run of 30 steps with three micro-batch shapes, validation every half epoch, and a test at the end."""
     size = 32 if model in ("vgg", "vit") else 8
     content: dict[str, Any] = {
