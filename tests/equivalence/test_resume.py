@@ -284,23 +284,23 @@ def test_a_checkpoint_of_another_model_is_refused(saved: Path, tmp_path: Path) -
     model = {**MODELS["resnet"], "width": 8}
     options: dict[str, Any] = {"pipeline": {"stages": 2}, "launcher": {"name": "threads"}, "model": model}
     with pytest.raises(ModelError, match=r"the checkpoint holds .* of shape .* it is of another model"):
-        run(tiny("resnet", tmp_path, checkpoint={"resume": str(saved)}, train={"max_steps": 34}, **options))
+        run(tiny("resnet", tmp_path, checkpoint={"resume": str(saved)}, train={"max_steps": 32}, **options))
 
 
 def test_another_optimizer_starts_without_the_old_ones_memory(saved: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"pipeline": {"stages": 2}, "launcher": {"name": "threads"}, "optim": ADAM}
-    folder = run(tiny("resnet", tmp_path, checkpoint={"resume": str(saved)}, train={"max_steps": 34}, **options))
+    folder = run(tiny("resnet", tmp_path, checkpoint={"resume": str(saved)}, train={"max_steps": 32}, **options))
     result = json.loads((folder / "result.json").read_text())
-    assert (result["first_step"], result["num_steps"]) == (30, 34)
+    assert (result["first_step"], result["num_steps"]) == (30, 32)
 
 
 def test_a_new_run_whose_worker_dies_at_once_still_goes_on_from_the_other_runs_checkpoint(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"pipeline": {"stages": 2}, "train": {"max_steps": 34}}
+    options: dict[str, Any] = {"pipeline": {"stages": 2}, "train": {"max_steps": 32}}
     options["checkpoint"] = {"resume": str(saved)}
     undisturbed = run(tiny("resnet", tmp_path / "a", launcher={"name": "serial"}, **options))
-    break_once(monkeypatch, 1, 32)
+    break_once(monkeypatch, 1, 31)
     disturbed = run(tiny("resnet", tmp_path / "b", launcher={"name": "threads", "max_failures": 1}, **options))
     assert_equal_runs(without_logs(disturbed), undisturbed)
 
