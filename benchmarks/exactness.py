@@ -1,6 +1,6 @@
 """The process launchers at every model, number of stages and capacity against the serial loop, bit for bit.
 
-    python -m benchmarks.exactness > benchmarks/exactness.txt
+    python -m benchmarks.exactness [model ...] > benchmarks/exactness.txt
 
 80 runs of 30 steps with evaluations, each a command as a user gives it. The threads launcher has its 40 comparisons in
 tests/equivalence/test_equivalence.py, which runs them every time.
@@ -47,14 +47,14 @@ def trained(launcher: str, model: str, stages: int, capacity: int, folder: Path)
     return only
 
 
-def main() -> None:
+def main(models: list[str]) -> None:
     start = time.monotonic()
     print(f"# {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}")
     print(f"# {json.dumps({key: value for key, value in environment().items() if key != 'command'})}")
     print(f"{'model':<14} {'K':>2} {'tensors':>8} {'rows':>5}   differences with capacity 1 and 8, by launcher")
     different = 0
     with tempfile.TemporaryDirectory() as scratch:
-        for model in MODELS:
+        for model in models:
             for stages in STAGES:
                 serial = trained("serial", model, stages, 4, Path(scratch) / f"{model}-{stages}")
                 verdicts = []
@@ -73,9 +73,9 @@ def main() -> None:
                 )
                 counts = f"{len(weights(serial)):>8} {len(metrics(serial)):>5}"
                 print(f"{model:<14} {stages:>2} {counts}   {by_launcher}", flush=True)
-    total = len(MODELS) * len(STAGES) * len(CAPACITIES) * len(LAUNCHERS)
+    total = len(models) * len(STAGES) * len(CAPACITIES) * len(LAUNCHERS)
     print(f"{total} runs, {different} different from serial, {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or list(MODELS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, final
+from typing import Self, final
 
 from rich import box
 from rich.console import Console
@@ -15,11 +15,7 @@ from pipetrgl.blueprint import Blueprint
 from pipetrgl.engine.metrics import Row
 from pipetrgl.studies.report import TABLE_HEADER, number, percent, rate, table_rows
 
-_LIVE_HEADER = [
-    "stage", "blocks", "local loss", "task", "transport cost", "head acc", "valid acc", "images/s", "waited",
-]  # fmt: skip
-
-
+_LIVE_HEADER = ["stage", "loss", "task", "transport", "head", "valid", "images/s", "waited"]
 # the report's columns in words that fit 80 characters; `validate` and the report name the blocks
 _RESULT_HEADER = {
     "stage": "stage", "valid accuracy": "valid", "test accuracy": "test", "local loss": "loss",
@@ -101,17 +97,17 @@ class Progress:
         assert self._blueprint is not None
         steps = [rows.get("train", {}).get("step", 0) for rows in self._latest]
         total = self._blueprint.itinerary.total_steps
-        table = Table(title=f"step {min(steps)} of {total}", title_justify="left")
+        table = Table(
+            title=f"step {min(steps)} of {total}", title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True
+        )
         for column in _LIVE_HEADER:
-            table.add_column(column, justify="left" if column == "blocks" else "right", no_wrap=True)
+            table.add_column(column, justify="right", no_wrap=True)
         for stage, rows in enumerate(self._latest):
             train, valid = rows.get("train", {}), rows.get("valid", {})
-            names = [block.name for block in self._blueprint.blocks(stage)]
-            cells: list[Any] = [stage, names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"]
-            cells += [number(train.get(key)) for key in ("local_loss", "task_loss", "transport_cost")]
+            cells = [str(stage), *(number(train.get(key)) for key in ("local_loss", "task_loss", "transport_cost"))]
             cells += [percent(train.get("accuracy")), percent(valid.get("accuracy"))]
             cells += [rate(train.get("images_per_s")), percent(train.get("wait_share"))]
-            table.add_row(*map(str, cells))
+            table.add_row(*cells)
         return table
 
 

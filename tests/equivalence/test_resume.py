@@ -139,13 +139,17 @@ def finished(folder: Path, process: subprocess.Popen[str]) -> Path:
 
 
 def kill_one_worker(folder: Path, pattern: str, which: int) -> None:
-    """SIGKILL once the first checkpoint is complete."""
+    """SIGKILL one of the run's workers, which work in `folder`, once the first checkpoint is complete."""
     deadline = time.monotonic() + 60
     while not list(folder.glob("runs/*/checkpoints/step-*/manifest.json")):
         assert time.monotonic() < deadline, "no checkpoint was completed"
         time.sleep(0.01)
     found = subprocess.run(["pgrep", "-f", "--", pattern], capture_output=True, text=True, check=True)
-    os.kill(sorted(map(int, found.stdout.split()))[which], signal.SIGKILL)
+    # only ours: another run on this machine may have the same command line
+    ours = [
+        number for number in sorted(map(int, found.stdout.split())) if Path(f"/proc/{number}/cwd").resolve() == folder
+    ]
+    os.kill(ours[which], signal.SIGKILL)
 
 
 def without_logs(folder: Path) -> Path:
