@@ -208,8 +208,7 @@ def drop_after(run: Path, step: int) -> None:
     """Remove checkpoints of steps that a run which goes on from `step` will take again, and half-written files."""
     for folder in (run / "checkpoints").glob("step-*"):
         if _step_of(folder) > step:
-            (folder / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
 
 
 def prune(run: Path, keep: int) -> None:
@@ -220,8 +219,7 @@ def prune(run: Path, keep: int) -> None:
         return
     for folder in folders:
         if _step_of(folder) < _step_of(complete[keep - 1]):
-            (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed one is not complete
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
 
 
 def write_atomically(path: Path, content: bytes) -> str:
@@ -241,6 +239,11 @@ def write_atomically(path: Path, content: bytes) -> str:
 
 def step_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step}"
+
+
+def _remove(folder: Path) -> None:
+    (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed one is not complete
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _step_of(folder: Path) -> int:

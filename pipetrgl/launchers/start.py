@@ -68,9 +68,7 @@ def train(config: Config, open_display: Callable[[Blueprint, Path], Display]) ->
         torchrun.join()  # explains how to start it
     blueprint = draw_up(config, describe(config))
     run, checkpoint = choose_start(config, config.checkpoint.resume)
-    if checkpoint is not None:
-        checkpoint.require_fit(run, blueprint.itinerary.total_steps)
-    job = Job(blueprint, run, dict(os.environ), checkpoint)
+    job = _job(blueprint, run, checkpoint)
     recorder = Recorder(run, blueprint, open_display(blueprint, run))
     recorder.rewind(job.first_step)
     return _lead(recorder, config.launcher.name, lambda: _launch_again(job, recorder))
@@ -84,15 +82,19 @@ def _train_rank(config: Config, open_display: Callable[[Blueprint, Path], Displa
     blueprint.world.require_size(me.world_size)
     resume = "auto" if torchrun.num_restarts() else config.checkpoint.resume
     run, checkpoint = torchrun.shared_start(me, lambda: choose_start(config, resume), timeout_s)
-    if checkpoint is not None:
-        checkpoint.require_fit(run, blueprint.itinerary.total_steps)
-    job = Job(blueprint, run, dict(os.environ), checkpoint)
+    job = _job(blueprint, run, checkpoint)
     if not me.leads:
         torchrun.launch(job, me, _discard)
         return None
     recorder = Recorder(run, blueprint, open_display(blueprint, run))
     recorder.rewind(job.first_step)
     return _lead(recorder, "torchrun", lambda: torchrun.launch(job, me, recorder))
+
+
+def _job(blueprint: Blueprint, run: Path, checkpoint: Checkpoint | None) -> Job:
+    if checkpoint is not None:
+        checkpoint.require_fit(run, blueprint.itinerary.total_steps)
+    return Job(blueprint, run, dict(os.environ), checkpoint)
 
 
 def _launch_again(job: Job, recorder: Recorder) -> None:
