@@ -50,6 +50,10 @@ class Interrupted(PipetrglError):
     exit_code = 130
 
 
+class StoppedError(Interrupted):
+    """The run was asked to end early; it ended well, with a checkpoint, and can go on."""
+
+
 BY_NAME: dict[str, type[PipetrglError]] = {
     error.__name__: error
     for error in (

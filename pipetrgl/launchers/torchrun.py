@@ -11,9 +11,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast, final
 
-import torch
-
-from pipetrgl.blueprint import Blueprint
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.board import Board
 from pipetrgl.channels.c10d import PrefixStore, Store, rendezvous
@@ -23,7 +20,7 @@ from pipetrgl.data.dataset import DataSpec
 from pipetrgl.engine.checkpoint import Checkpoint
 from pipetrgl.engine.metrics import Sink
 from pipetrgl.errors import LaunchError, LinkError
-from pipetrgl.launchers.process import Collector, Membership, end_on_signals, run_process
+from pipetrgl.launchers.process import Collector, Membership, device_of, run_process
 from pipetrgl.logs import log_to_stderr
 from pipetrgl.worker import Job
 
@@ -82,19 +79,19 @@ def launch(job: Job, me: Rank, sink: Sink) -> None:
     Raises:
         PipetrglError: the first error of any rank.
     """
-    end_on_signals()
     blueprint = job.blueprint
     blueprint.world.require_size(me.world_size)
     place = blueprint.world.place(me.rank)
     log_to_stderr()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    member = Membership(me.store, place, _device(blueprint), address_towards(host, port))
+    device = device_of(blueprint, int(os.environ.get("LOCAL_RANK", "0")))
+    member = Membership(me.store, place, device, address_towards(host, port))
     if not me.leads:
         run_process(job, member)
         return
-    collector = Collector(Board(me.store.clone()), me.world_size, sink)
+    collector = Collector(Board(me.store.clone()), me.world_size)
     stop = threading.Event()
-    thread = threading.Thread(target=_collect, args=(collector, stop), name="collector", daemon=True)
+    thread = threading.Thread(target=_collect, args=(collector, sink, stop), name="collector", daemon=True)
     thread.start()
     try:
         run_process(job, member)
@@ -105,10 +102,14 @@ def launch(job: Job, me: Rank, sink: Sink) -> None:
         thread.join(5.0)
 
 
-def _collect(collector: Collector, stop: threading.Event) -> None:
+def _collect(collector: Collector, sink: Sink, stop: threading.Event) -> None:
+    def hand_on() -> None:
+        for _, row in collector.poll():
+            sink(row)
+
     while not collector.complete and not stop.wait(_POLL_S):
-        collector.poll()
-    collector.poll()
+        hand_on()
+    hand_on()
 
 
 def _wait_for_the_others(collector: Collector, thread: threading.Thread, board: Board, timeout_s: float) -> None:
@@ -122,14 +123,6 @@ def _wait_for_the_others(collector: Collector, thread: threading.Thread, board: 
             raise LinkError(f"waited {timeout_s:.0f} s for the last rows of the other ranks")
     if not collector.complete:
         raise LaunchError("the rows of the other ranks could not be collected; see the traceback above")
-
-
-def _device(blueprint: Blueprint) -> torch.device:
-    if blueprint.config.pipeline.device == "cpu":
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
 
 
 def shared_spec(me: Rank, describe: Callable[[], DataSpec], timeout_s: float) -> DataSpec:
