@@ -13,7 +13,7 @@ from pipetrgl.channels.codecs import encode
 from pipetrgl.channels.link import HEADER_TAG, LOOK_S, Connection, LinkTerms, LostPeerError, Neighbour, lost_if_broken
 from pipetrgl.channels.payload import FOREVER
 from pipetrgl.channels.replay import ReplayLog, Sent
-from pipetrgl.errors import LinkError
+from pipetrgl.errors import ReplayGapError
 from pipetrgl.microbatch import MicroBatch
 
 
@@ -112,7 +112,7 @@ class LinkOutbox:
             self._wait_until_idle()
             wanted = self._connection.next_index
             if self._next is None and sent.index > wanted:
-                raise LinkError(
+                raise ReplayGapError(
                     f"{self._terms.receiver} wants micro-batch {wanted}, but this stream starts at {sent.index}"
                 )
             self._next = sent.index + 1

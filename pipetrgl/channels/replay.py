@@ -13,7 +13,7 @@ from typing import final
 
 from torch import Tensor
 
-from pipetrgl.errors import LinkError
+from pipetrgl.errors import LinkError, ReplayGapError
 
 
 @final
@@ -86,11 +86,11 @@ class ReplayLog:
         """Everything from micro-batch `index` on.
 
         Raises:
-            LinkError: some of it is no longer kept.
+            ReplayGapError: some of it is no longer kept.
         """
         first = self._kept[0].index if self._kept else self._next
         if first is not None and index < first:
-            raise LinkError(
+            raise ReplayGapError(
                 f"{receiver} needs micro-batch {index} again, but only {first} and later are kept: "
                 "raise channel.log_bytes, or save more often (checkpoint.every)"
             )

@@ -41,6 +41,8 @@ from pipetrgl.seeds import derive
 from pipetrgl.worker import Job, run_worker
 from pipetrgl.world import Place
 
+logger = logging.getLogger(__name__)
+
 _STOP, _RELEASE = "stop", "release"
 _POLL_S = 0.05
 _LEAST_REPLACEMENT_S = 10.0
@@ -109,19 +111,19 @@ def serve(run: Path, rank: int, incarnation: int, store: Store, address: str) ->
     """
     stop = threading.Event()
     stop_on_signals(stop)
+    log_to_stderr()
     board = Board(store)
     try:
         spec = DataSpec.from_dict(board.read("spec", 30.0, Alarm(), "the launcher's data specification"))
         start = board.read(f"start/{rank}/{incarnation}", 30.0, Alarm(), "the launcher's word where to start")
         blueprint = draw_up(load(run / "config.yaml"), spec)
-        log_to_stderr()
         job = Job(blueprint, run, dict(os.environ), Checkpoint.from_dict(start), stop)
         device = device_of(blueprint, rank)
         run_process(job, Membership(store, blueprint.world.place(rank), device, address, True, incarnation))
     except Interrupted:
         return Interrupted.exit_code
     except PipetrglError as error:
-        print(f"error: {error}", file=sys.stderr)
+        logger.error("error: %s", error)
         return error.exit_code
     return 0
 

@@ -24,7 +24,7 @@ from pipetrgl.channels.heartbeat import FAILURE, Watch, remote_error
 from pipetrgl.channels.peer import announce_replacement
 from pipetrgl.engine.checkpoint import Checkpoint, newest_complete, step_folder
 from pipetrgl.engine.metrics import Row, Sink
-from pipetrgl.errors import ConfigError, LaunchError, LinkError
+from pipetrgl.errors import ConfigError, LaunchError, LinkError, ReplayGapError
 from pipetrgl.launchers.process import (
     Collector,
     account_of,
@@ -186,7 +186,7 @@ class Supervisor:
         """Replace the worker, or raise why it ended."""
         account = account_of(self._board, seat.place.rank, seat.incarnation)
         why = remote_error(account) if account is not None else error
-        mendable = isinstance(why, LaunchError | LinkError)
+        mendable = isinstance(why, LaunchError | LinkError) and not isinstance(why, ReplayGapError)
         if mendable and self._can_replace(seat) and self._budget.spend():
             self._replace(seat, str(why), account)
             return
