@@ -37,8 +37,9 @@ from pipetrgl.channels.contracts import Inbox, NullOutbox, Outbox
 from pipetrgl.config.load import load
 from pipetrgl.engine import loop
 from pipetrgl.engine.phases import Parallel
+from pipetrgl.launchers.environment import environment
 from pipetrgl.launchers.process import Membership, StoreLinks
-from pipetrgl.launchers.start import describe, environment
+from pipetrgl.launchers.start import describe
 from pipetrgl.microbatch import MicroBatch
 from pipetrgl.stage import Stage, StageOutput
 from pipetrgl.worker import Job, build_hooks, build_loader, build_stage, configure_torch

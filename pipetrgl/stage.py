@@ -185,6 +185,10 @@ class Stage:
             if remembered and remembered.keys() != self._remembers:
                 missing.append(f"the optimizer state of {name}")
             elif remembered:
+                if any(value.ndim > 0 and value.shape != parameter.shape for value in remembered.values()):
+                    raise ModelError(
+                        f"stage {self.index}: the checkpoint's optimizer state of {name} has another shape"
+                    )
                 self.optimizer.state[parameter] = {
                     what: value.clone() if value.ndim == 0 else value.to(self.device, copy=True)
                     for what, value in remembered.items()

@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -220,9 +220,7 @@ class Checkpoint:
         wanted = stage.state().keys()
         found: dict[str, Tensor] = {}
         for file in sorted(self.files):
-            with safetensors.safe_open(self.folder / file, framework="pt") as tensors:
-                names = [name for name in list(tensors.keys()) if _belongs(name, wanted, prefixes)]
-                found.update({name: tensors.get_tensor(name) for name in names})
+            found.update(_read_tensors(self.folder / file, lambda name: _belongs(name, wanted, prefixes)))
         missing = stage.load_state(found)
         if missing:
             logger.warning(
@@ -316,6 +314,19 @@ def _verify(folder: Path, name: str, digest: str) -> None:
         got = hashlib.file_digest(file, "sha256").hexdigest()
     if got != digest:
         raise ConfigError(f"checkpoint {folder}: {name} is damaged (SHA-256 {got[:12]}.., expected {digest[:12]}..)")
+
+
+def _read_tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Tensors of a file; only tensors are read, whatever else it may hold.
+
+    Raises:
+        ConfigError: it is no safetensors file.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in list(tensors.keys()) if wanted(name)}
+    except safetensors.SafetensorError as error:
+        raise ConfigError(f"checkpoint {path.parent}: {path.name} is no safetensors file ({error})") from error
 
 
 def _belongs(name: str, wanted: Set[str], prefixes: tuple[str, ...]) -> bool:
