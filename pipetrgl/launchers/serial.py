@@ -12,7 +12,7 @@ from pipetrgl.channels.contracts import NullOutbox
 from pipetrgl.engine.metrics import Sink
 from pipetrgl.memory import peak_rss_bytes
 from pipetrgl.microbatch import Split
-from pipetrgl.worker import Job, build_hooks, build_loader, build_stage, configure_torch
+from pipetrgl.worker import Job, build_hooks, build_loader, build_stage, build_trainee, configure_torch
 
 
 def launch(job: Job, sink: Sink) -> None:
@@ -24,9 +24,10 @@ def launch(job: Job, sink: Sink) -> None:
     stages = [build_stage(blueprint, index, device) for index in range(blueprint.num_stages)]
     loader = build_loader(job)
     hooks = [build_hooks(job, stage, loader, NullOutbox(), sink) for stage in stages]
+    trainees = [build_trainee(job, stage) for stage in stages]
     try:
         for micro_batch in loader:
-            for stage, watchers in zip(stages, hooks, strict=True):
+            for stage, watchers in zip(trainees, hooks, strict=True):
                 train = micro_batch.split is Split.TRAIN
                 output = stage.forward(micro_batch, train)
                 # Computed before this stage's update, from the weights that made `output`, as a pipeline would.
