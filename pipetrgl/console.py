@@ -82,12 +82,12 @@ class Progress:
         """`step 80/680 epoch 1/8 | local 1.83 1.80 | head acc 45.1 46.0 % | 523 img/s | waited 3 4 %`, by stage."""
         assert self._blueprint is not None
         total, epochs = self._blueprint.itinerary.total_steps, self._blueprint.config.train.epochs
-        accuracy = " ".join(f"{100 * row['accuracy']:.1f}" for row in rows)
+        accuracy = " ".join("-" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}" for row in rows)
         if kind != "train":
             return f"{kind:<5} after step {rows[0]['step']}/{total} | head acc {accuracy} %"
         rates = [row["images_per_s"] for row in rows if row["images_per_s"] is not None]
         waits = " ".join("-" if row["wait_share"] is None else f"{100 * row['wait_share']:.0f}" for row in rows)
-        losses = " ".join(f"{row['local_loss']:.3f}" for row in rows)
+        losses = " ".join("-" if row["local_loss"] is None else f"{row['local_loss']:.3f}" for row in rows)
         return (
             f"step {rows[0]['step']}/{total} epoch {rows[0]['epoch'] + 1}/{epochs} | local {losses} | "
             f"head acc {accuracy} % | {rate(min(rates, default=None))} img/s | waited {waits} %"

@@ -169,6 +169,7 @@ class Recorder:
             "head_parameters": head,
             "tau": _finite(blueprint.taus[index]),
             "num_steps": summary.get("num_steps", train.get("step", 0)),
+            "skipped_updates": summary.get("skipped_updates", train.get("skipped_updates", 0)),
             "valid_accuracy": rows.get("valid", {}).get("accuracy"),
             "valid_loss": rows.get("valid", {}).get("task_loss"),
             "test_accuracy": rows.get("test", {}).get("accuracy"),

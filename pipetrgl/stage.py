@@ -76,6 +76,7 @@ class Stage:
         self.optimizer = parts.optimizer
         self.device = parts.device
         self.num_updates = 0
+        self.skipped_updates = 0
         self._learning_rate = parts.learning_rate
         self._replicas = parts.replicas
         self._reseed = parts.reseed
@@ -118,6 +119,12 @@ class Stage:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.num_updates += 1
+
+    def skip_update(self) -> None:
+        """In place of `update`: drop the step's gradients; schedule and checkpoints count it like any other step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.num_updates += 1
+        self.skipped_updates += 1
 
     @property
     def learning_rate(self) -> float:
@@ -197,10 +204,9 @@ class Stage:
             self.objective.weight.load_state(objective)
         return missing
 
-    def _run_blocks(self, micro_batch: MicroBatch, train: bool) -> tuple[Tensor, tuple[str, ...], list[Tensor]]:
+    def walk(self, micro_batch: MicroBatch, train: bool) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Run the blocks one by one: the name of each, its activation, and its transport cost if it has one."""
         x = _moved(micro_batch.activation, self.device)
-        names: list[str] = []
-        costs: list[Tensor] = []
         start = x
         for position, (spec, block) in enumerate(zip(self.specs, self.blocks, strict=True)):
             if train:
@@ -213,8 +219,15 @@ class Stage:
             x = output.activation
             if position == self._last_counted and cost is None:
                 cost = self.objective.measure_stage(start, x)
+            yield spec.name, x, cost
+
+    def _run_blocks(self, micro_batch: MicroBatch, train: bool) -> tuple[Tensor, tuple[str, ...], list[Tensor]]:
+        names: list[str] = []
+        costs: list[Tensor] = []
+        for name, activation, cost in self.walk(micro_batch, train):
+            x = activation
             if cost is not None:
-                names.append(spec.name)
+                names.append(name)
                 costs.append(cost)
         return x, tuple(names), costs
 

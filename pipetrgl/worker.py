@@ -22,9 +22,11 @@ from pipetrgl.data.loader import Loader
 from pipetrgl.engine import loop
 from pipetrgl.engine.checkpoint import Checkpoint, SaveCheckpoints, SaveSchedule
 from pipetrgl.engine.evaluate import Evaluation
+from pipetrgl.engine.faults import rehearse
 from pipetrgl.engine.guard import StabilityGuard
 from pipetrgl.engine.listen import Listen
 from pipetrgl.engine.metrics import Sink, TrainMetrics
+from pipetrgl.engine.nonfinite import watch
 from pipetrgl.engine.phases import Parallel
 from pipetrgl.engine.trace import Trace, TracedInbox, TracedOutbox, TracedStage, TraceHook
 from pipetrgl.memory import keep_freed_memory, peak_rss_bytes
@@ -98,7 +100,8 @@ def run_worker(job: Job, place: Place, links: Links, sink: Sink, device: torch.d
         trace = blueprint.config.trace
         spans = Trace(trace.first_step, trace.num_steps, place.rank, f"stage {place.stage}", links.clock_offset_s)
         hooks = [*build_hooks(job, stage, inbox, outbox, sink), TraceHook(spans, place.stage, sink), Listen(alarm)]
-        loop.run(TracedStage(stage, spans), TracedInbox(inbox, spans), TracedOutbox(outbox, spans), Parallel(), hooks)
+        trainee = TracedStage(build_trainee(job, stage), spans)
+        loop.run(trainee, TracedInbox(inbox, spans), TracedOutbox(outbox, spans), Parallel(), hooks)
         sink({"kind": "memory", "stage": place.stage, "peak_rss_bytes": peak_rss_bytes()})
     except BaseException as error:
         alarm.ring(error)  # so that the threads of this worker's own links end as well
@@ -145,6 +148,12 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device) -> Stage
     )
 
 
+def build_trainee(job: Job, stage: Stage) -> loop.Trainee:
+    """The stage as the loop trains it: watched for values that are not finite, and meeting the faults to rehearse."""
+    config = job.blueprint.config
+    return rehearse(watch(stage, config.train.on_nonfinite), config.launcher.faults, job.run)
+
+
 def build_loader(job: Job) -> Loader:
     """Stage 0's inbox."""
     config = job.blueprint.config
@@ -163,7 +172,7 @@ def build_hooks(job: Job, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink
     return [
         *([StabilityGuard(stage, optim.peak_rate(config.optim), momentum)] if config.optim.name == "sgd" else []),
         metrics,
-        Evaluation(stage, sink),
+        Evaluation(stage, sink, config.train.on_nonfinite),
         saves,  # after the metrics, whose sums it saves
     ]
 

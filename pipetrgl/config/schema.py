@@ -222,6 +222,9 @@ class TrainConfig(Section):
     """Keep freed CPU memory for the next step (glibc's mallopt); about 15 % faster, see benchmarks/allocator.txt."""
     threads: Positive = 1
     """Intra-op threads of each worker; bit-equality over launchers is promised for 1."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When an activation or a loss is NaN or infinite: stop ends the run with exit code 4; skip leaves out the step's
+    update of that stage, and counts it."""
 
     @model_validator(mode="after")
     def _micro_batches_hold_rows(self) -> TrainConfig:
@@ -279,6 +282,32 @@ class ChannelConfig(Section):
         return self
 
 
+class FaultConfig(Section):
+    """One failure to rehearse, once in the life of a run folder; see docs/reliability.md."""
+
+    stage: NonNegative
+    """That it happens to."""
+    step: NonNegative
+    """Optimizer step, from 0: it happens just before that step's first forward pass."""
+    action: Literal["kill", "raise", "hang", "nan", "slow"]
+    """kill: SIGKILL of the worker's process; raise: an error as from a bug; hang: the stage never goes on; nan: its
+    input is multiplied by NaN; slow: it sleeps."""
+    seconds: PositiveFloat = 1.0
+    """slow only: how long it sleeps."""
+    num_steps: Positive = 1
+    """nan and slow only: in how many consecutive steps."""
+
+    @model_validator(mode="after")
+    def _only_where_used(self) -> FaultConfig:
+        faults = []
+        if "seconds" in self.model_fields_set and self.action != "slow":
+            faults.append("seconds: only used with action: slow")
+        if "num_steps" in self.model_fields_set and self.action not in ("nan", "slow"):
+            faults.append("num_steps: only used with action: nan or slow")
+        _raise(faults)
+        return self
+
+
 class LauncherConfig(Section):
     """Who starts the workers."""
 
@@ -292,6 +321,8 @@ class LauncherConfig(Section):
     restart: Literal["stage", "run"] = "stage"
     """After a worker died. stage: replace it alone while the others wait, where that is possible (local and ray, CPU),
     else start the run again; run: always start the whole run again."""
+    faults: list[FaultConfig] = []
+    """Failures to rehearse, such as [{stage: 2, step: 100, action: kill}]."""
 
 
 class MetricsConfig(Section):
@@ -372,5 +403,11 @@ class Config(Section):
             if len(cuts) != expected:
                 what = "first blocks, one of each later stage" if named else "counts, one a stage"
                 faults.append(f"model.cuts: {len(cuts)} given; pipeline.stages = {stages} needs {expected} {what}")
+        faults += [
+            f"launcher.faults.{number}.stage: there is no stage {fault.stage}; pipeline.stages = {stages} has stages 0 "
+            f"to {stages - 1}"
+            for number, fault in enumerate(self.launcher.faults)
+            if fault.stage >= stages
+        ]
         _raise(faults)
         return self

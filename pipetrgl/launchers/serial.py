@@ -13,7 +13,7 @@ from pipetrgl.engine.metrics import Sink
 from pipetrgl.launchers.supervise import Budget
 from pipetrgl.memory import peak_rss_bytes
 from pipetrgl.microbatch import Split
-from pipetrgl.worker import Job, build_hooks, build_loader, build_stage, configure_torch
+from pipetrgl.worker import Job, build_hooks, build_loader, build_stage, build_trainee, configure_torch
 
 
 def launch(job: Job, sink: Sink, budget: Budget) -> None:
@@ -25,9 +25,10 @@ def launch(job: Job, sink: Sink, budget: Budget) -> None:
     stages = [build_stage(blueprint, index, device) for index in range(blueprint.num_stages)]
     loader = build_loader(job)
     hooks = [build_hooks(job, stage, loader, NullOutbox(), sink) for stage in stages]
+    trainees = [build_trainee(job, stage) for stage in stages]
     try:
         for micro_batch in loader:
-            for stage, watchers in zip(stages, hooks, strict=True):
+            for stage, watchers in zip(trainees, hooks, strict=True):
                 train = micro_batch.split is Split.TRAIN
                 output = stage.forward(micro_batch, train)
                 # Computed before this stage's update, from the weights that made `output`, as a pipeline would.

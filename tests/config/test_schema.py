@@ -12,7 +12,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipetrgl.config.explain import describe, show
+from pipetrgl.config.explain import describe, section_in, section_of, show
 from pipetrgl.config.load import dump, json_schema
 from pipetrgl.config.schema import Config, DataConfig, RunConfig, Section, TrainConfig, TransportConfig
 
@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def sections(section: type[Section] = Config) -> Iterator[type[Section]]:
     yield section
     for field in section.model_fields.values():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from sections(field.annotation)
+        inner = section_of(field) or section_in(field.annotation)
+        if inner:
+            yield from sections(inner)
 
 
 def validate(content: Any) -> None:
@@ -67,6 +68,12 @@ def test_only_tau_may_be_infinite() -> None:
 def test_values_never_change_once_read() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Config().seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("value", [{}, {"stage": 0, "step": 1}, {"stage": "0", "step": 1, "action": "kill"}])
+def test_a_fault_says_where_when_and_what(value: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="launcher.faults.0"):
+        Config.model_validate({"launcher": {"faults": [value]}})
 
 
 def test_a_rule_reports_every_fault_of_its_section() -> None:
