@@ -22,9 +22,10 @@ from pipetrgl.engine import loop
 from pipetrgl.engine.checkpoint import Checkpoint, SaveCheckpoints
 from pipetrgl.engine.evaluate import Evaluation
 from pipetrgl.engine.guard import StabilityGuard
+from pipetrgl.engine.idle import IdlingStage, TickingOutbox
 from pipetrgl.engine.listen import Listen
 from pipetrgl.engine.metrics import Sink, TrainMetrics
-from pipetrgl.engine.phases import Parallel
+from pipetrgl.engine.phases import Parallel, Plan, plan_of
 from pipetrgl.engine.trace import Trace, TracedInbox, TracedOutbox, TracedStage, TraceHook
 from pipetrgl.memory import keep_freed_memory, peak_rss_bytes
 from pipetrgl.models import stochastic
@@ -94,7 +95,9 @@ def run_worker(job: Job, place: Place, links: Links, sink: Sink, device: torch.d
         trace = blueprint.config.trace
         spans = Trace(trace.first_step, trace.num_steps, place.rank, f"stage {place.stage}", links.clock_offset_s)
         hooks = [*build_hooks(job, stage, inbox, outbox, sink), TraceHook(spans, place.stage, sink), Listen(alarm)]
-        loop.run(TracedStage(stage, spans), TracedInbox(inbox, spans), TracedOutbox(outbox, spans), Parallel(), hooks)
+        plan = build_plan(blueprint)
+        trainee, out = _idling(plan, TracedStage(stage, spans), TracedOutbox(outbox, spans))
+        loop.run(trainee, TracedInbox(inbox, spans), out, plan, hooks)
         sink({"kind": "memory", "stage": place.stage, "peak_rss_bytes": peak_rss_bytes()})
     except BaseException as error:
         alarm.ring(error)  # so that the threads of this worker's own links end as well
@@ -121,6 +124,7 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device) -> Stage
         for name, parameter in module.named_parameters()
     ]
     itinerary = blueprint.itinerary
+    own_steps = itinerary.sweep.num_updates(index, itinerary.total_steps)
     return Stage(
         StageParts(
             index=index,
@@ -130,15 +134,18 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device) -> Stage
             head=head,
             objective=StageObjective(config.objective, blueprint.taus[index], device),
             optimizer=optim.build(config.optim, named),
-            learning_rate=functools.partial(
-                _learning_rate, blueprint, itinerary.steps_per_epoch, itinerary.total_steps
-            ),
+            learning_rate=functools.partial(_learning_rate, blueprint, itinerary.steps_per_epoch, own_steps),
             replicas=OneReplica(),
             reseed=stochastic.reseed,
             seed=config.seed,
             device=device,
         )
     )
+
+
+def build_plan(blueprint: Blueprint) -> Plan:
+    """Which stage learns when."""
+    return plan_of(blueprint.config.train.order, blueprint.itinerary.sweep)
 
 
 def build_loader(job: Job) -> Loader:
@@ -154,13 +161,23 @@ def build_hooks(job: Job, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink
     metrics = TrainMetrics(stage, inbox, outbox, sink, config.metrics.every)
     if job.checkpoint is not None:
         job.checkpoint.load_into(stage, metrics)
-    saves = SaveCheckpoints(stage, metrics, job.run, sink, config.checkpoint.every, config.run.save_final)
+        stage.num_updates = job.blueprint.itinerary.sweep.num_updates(stage.index, job.first_step)
+    saves = SaveCheckpoints(
+        stage, metrics, job.run, sink, config.checkpoint.every, config.run.save_final, job.first_step
+    )
     return [
         *([StabilityGuard(stage, optim.peak_rate(config.optim), momentum)] if config.optim.name == "sgd" else []),
         metrics,
         Evaluation(stage, sink),
         saves,  # after the metrics, whose sums it saves
     ]
+
+
+def _idling(plan: Plan, stage: loop.Trainee, outbox: Outbox) -> tuple[loop.Trainee, Outbox]:
+    """Only where some stage is idle at times is anything wrapped."""
+    if isinstance(plan, Parallel):
+        return stage, outbox
+    return IdlingStage(stage, plan), TickingOutbox(outbox, plan, stage.index + 1)
 
 
 def configure_torch(config: TrainConfig) -> None:
@@ -171,5 +188,5 @@ def configure_torch(config: TrainConfig) -> None:
     torch.use_deterministic_algorithms(config.deterministic)
 
 
-def _learning_rate(blueprint: Blueprint, steps_per_epoch: int, total_steps: int, step: int) -> float:
-    return optim.learning_rate(blueprint.config.optim, step, steps_per_epoch, total_steps)
+def _learning_rate(blueprint: Blueprint, steps_per_epoch: int, own_steps: int, num_updates: int) -> float:
+    return optim.learning_rate(blueprint.config.optim, num_updates, steps_per_epoch, own_steps)

@@ -49,25 +49,30 @@ class SaveCheckpoints:
         sink: takes rows of kind "checkpoint".
         every: optimizer steps between two checkpoints; 0 for none before the end.
         final: save when the stream ends.
+        first_step: optimizer steps taken before this stream begins.
     """
 
-    def __init__(self, stage: Stage, metrics: TrainMetrics, run: Path, sink: Sink, every: int, final: bool) -> None:
+    def __init__(
+        self, stage: Stage, metrics: TrainMetrics, run: Path, sink: Sink, every: int, final: bool, first_step: int = 0
+    ) -> None:
         self._stage = stage
         self._metrics = metrics
         self._run = run
         self._sink = sink
         self._every = every
         self._final = final
+        self._step = first_step  # of the run, also while this stage is idle
         self._saved: int | None = None
         self._writer: threading.Thread | None = None
 
     def __call__(self, micro_batch: MicroBatch, output: StageOutput) -> None:
-        closes = micro_batch.split is Split.TRAIN and micro_batch.closes_step
-        if closes and self._every and self._stage.num_updates % self._every == 0:
-            self._save()
+        if micro_batch.split is Split.TRAIN and micro_batch.closes_step:
+            self._step = micro_batch.step + 1
+            if self._every and self._step % self._every == 0:
+                self._save()
 
     def close(self) -> None:
-        step = self._stage.num_updates
+        step = self._step
         complete = (step_folder(self._run, step) / MANIFEST).exists()  # a run that went on from its own last step
         if self._final and self._saved != step and not complete:
             self._save()
@@ -77,7 +82,7 @@ class SaveCheckpoints:
     def _save(self) -> None:
         if self._writer is not None:
             self._writer.join()  # at most one snapshot is in memory: a slow disk slows the stage, not its memory
-        step = self._saved = self._stage.num_updates
+        step = self._saved = self._step
         # Cloned, also on the CPU: the next step changes the weights in place while the file is being written.
         state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self._state().items()}
         self._writer = threading.Thread(target=self._write, args=(step, state), name="checkpoint", daemon=True)
@@ -120,11 +125,13 @@ class Checkpoint:
         folder: of its files.
         step: optimizer steps that it holds.
         files: file name -> SHA-256.
+        updates: each stage's own, by the name of its first block; empty in the parallel order.
     """
 
     folder: Path
     step: int
     files: Mapping[str, str]
+    updates: Mapping[str, int]
 
     @staticmethod
     def read(folder: Path) -> Checkpoint:
@@ -136,25 +143,36 @@ class Checkpoint:
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             step, files = int(manifest["step"]), {str(name): str(digest) for name, digest in manifest["files"].items()}
+            updates = {str(name): int(count) for name, count in manifest.get("updates", {}).items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"checkpoint {folder}: no readable {MANIFEST}; it is not complete ({error})") from error
         if manifest.get("format") != _FORMAT:
             raise ConfigError(f"checkpoint {folder}: format {manifest.get('format')}, expected {_FORMAT}")
         for name, digest in files.items():
             _verify(folder, name, digest)
-        return Checkpoint(folder, step, files)
+        return Checkpoint(folder, step, files, updates)
 
-    def require_fit(self, run: Path, total_steps: int) -> None:
-        """Compare with the length of the run that goes on from it.
+    def require_fit(self, run: Path, total_steps: int, updates: Mapping[str, int]) -> None:
+        """Compare with the length and order of the run that goes on from it.
 
+        Args:
+            run: its folder.
+            total_steps: its length.
+            updates: what it would have given each stage by the checkpoint's step.
         Raises:
-            ConfigError: nothing is left to train; only the run's own last evaluation may be.
+            ConfigError: nothing is left to train, only the run's own last evaluation may be; or its order would have
+                given the stages other updates.
         """
         own = run in self.folder.parents
         if self.step > total_steps or (self.step == total_steps and not own):
             raise ConfigError(
                 f"checkpoint.resume: {self.folder} holds {self.step} steps, but this run has only {total_steps}; "
                 "raise train.epochs or train.max_steps"
+            )
+        if self.updates != updates:
+            raise ConfigError(
+                f"checkpoint.resume: {self.folder} holds step {self.step} of {_by_stage(self.updates)}, but here that "
+                f"would be a step of {_by_stage(updates)}; only a run with the same order, stages and epochs can go on"
             )
 
     def load_into(self, stage: Stage, metrics: TrainMetrics) -> None:
@@ -172,18 +190,21 @@ class Checkpoint:
                 "s%d/%d: %s has nothing for %s; it starts from its start weights",
                 stage.index, stage.num_stages, self.folder, ", ".join(missing),
             )  # fmt: skip
-        stage.num_updates = self.step
         prefix = f"metrics.{stage.span}."
         metrics.load_state({k.removeprefix(prefix): tensor for k, tensor in found.items() if k.startswith(prefix)})
 
     def to_dict(self) -> dict[str, Any]:
         """For workers, who need not verify the files again."""
-        return {"folder": str(self.folder), "step": self.step, "files": dict(self.files)}
+        return {
+            "folder": str(self.folder), "step": self.step, "files": dict(self.files), "updates": dict(self.updates),
+        }  # fmt: skip
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Checkpoint | None:
         """The inverse of `to_dict`; None of an empty mapping."""
-        return Checkpoint(Path(values["folder"]), values["step"], values["files"]) if values else None
+        if not values:
+            return None
+        return Checkpoint(Path(values["folder"]), values["step"], values["files"], values.get("updates", {}))
 
 
 def newest_complete(run: Path) -> Checkpoint | None:
@@ -198,9 +219,9 @@ def newest_complete(run: Path) -> Checkpoint | None:
     return None
 
 
-def write_manifest(folder: Path, step: int, files: Mapping[str, str]) -> None:
-    """The list that makes a checkpoint complete: the SHA-256 of every stage's file."""
-    content = {"format": _FORMAT, "step": step, "files": dict(sorted(files.items()))}
+def write_manifest(folder: Path, step: int, files: Mapping[str, str], updates: Mapping[str, int]) -> None:
+    """The list that makes a checkpoint complete: the SHA-256 of every stage's file, and `Checkpoint.updates`."""
+    content = {"format": _FORMAT, "step": step, "files": dict(sorted(files.items())), "updates": dict(updates)}
     write_atomically(folder / MANIFEST, json.dumps(content, indent=2).encode())
 
 
@@ -249,6 +270,13 @@ def _remove(folder: Path) -> None:
 def _step_of(folder: Path) -> int:
     number = folder.name.removeprefix("step-")
     return int(number) if number.isdecimal() else -1
+
+
+def _by_stage(updates: Mapping[str, int]) -> str:
+    """`a run whose stages have taken 8 (from stem), 3 (from layer2.0)`."""
+    if not updates:
+        return "a parallel run"
+    return f"a run whose stages have taken {', '.join(f'{count} (from {name})' for name, count in updates.items())}"
 
 
 def _verify(folder: Path, name: str, digest: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipetrgl.channels.contracts import Inbox, Outbox
 from pipetrgl.errors import DivergedError
-from pipetrgl.microbatch import MicroBatch, Split
+from pipetrgl.microbatch import MicroBatch
 from pipetrgl.stage import Stage, StageOutput
 
 Row = dict[str, Any]
@@ -32,7 +32,7 @@ class TrainMetrics:
         stage: measured.
         inbox, outbox: whose waits are reported.
         sink: takes the rows.
-        every: optimizer steps between rows; the last row of the run may cover fewer.
+        every: optimizer steps between rows; the last row of a phase may cover fewer.
     """
 
     def __init__(self, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink, every: int) -> None:
@@ -48,10 +48,10 @@ class TrainMetrics:
         self._step = self._epoch = 0
 
     def __call__(self, micro_batch: MicroBatch, output: StageOutput) -> None:
-        self._cost_names = output.cost_names
-        if micro_batch.split is not Split.TRAIN:
+        if not output.trained:
             self._clock.skip()
             return
+        self._cost_names = output.cost_names
         self._clock.count(micro_batch.num_rows)
         loss, rows = output.loss, micro_batch.num_rows
         target = micro_batch.target.to(output.logits.device)
@@ -61,12 +61,10 @@ class TrainMetrics:
         self._sums = sums if self._sums is None else self._sums + sums
         self._rows += rows
         self._step, self._epoch = micro_batch.step + 1, micro_batch.epoch
-        if micro_batch.closes_step and self._step % self._every == 0:
+        if micro_batch.closes_phase or (micro_batch.closes_step and self._step % self._every == 0):
             self._write()
 
     def close(self) -> None:
-        if self._rows:
-            self._write()
         self._sink(self._clock.summary(self._stage))
 
     def state(self) -> dict[str, Tensor]:

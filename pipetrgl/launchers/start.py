@@ -93,7 +93,7 @@ def _train_rank(config: Config, open_display: Callable[[Blueprint, Path], Displa
 
 def _job(blueprint: Blueprint, run: Path, checkpoint: Checkpoint | None) -> Job:
     if checkpoint is not None:
-        checkpoint.require_fit(run, blueprint.itinerary.total_steps)
+        checkpoint.require_fit(run, blueprint.itinerary.total_steps, blueprint.updates(checkpoint.step))
     return Job(blueprint, run, dict(os.environ), checkpoint)
 
 

@@ -12,8 +12,11 @@ def spec(num_train: int = 10, num_valid: int = 3, num_test: int = 5) -> DataSpec
     return DataSpec("synthetic", num_train, num_valid, num_test, (1, 1, 1), 2)
 
 
-def itinerary(train: dict[str, object], evaluate: dict[str, object] | None = None, **counts: int) -> Itinerary:
-    return Itinerary(TrainConfig(**train), EvaluateConfig(**{"batch": 2, **(evaluate or {})}), spec(**counts))
+def itinerary(
+    train: dict[str, object], evaluate: dict[str, object] | None = None, num_stages: int = 1, **counts: int
+) -> Itinerary:
+    evaluation = EvaluateConfig(**{"batch": 2, **(evaluate or {})})
+    return Itinerary(TrainConfig(**train), evaluation, spec(**counts), num_stages)
 
 
 def drawing(plan: Itinerary, first_step: int = 0) -> str:
