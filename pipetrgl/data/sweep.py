@@ -1,9 +1,9 @@
 """The phases of a training order: which stages learn in which optimizer steps.
 
-          parallel        sequential      multi_lap, laps: 2     a column an epoch, epochs: 1, epochs_growth: 1
-stage 0   ■ ■ ■           ■ · · · · ·     ■ · · · · · ■ · · · · ·      ■ learns
-stage 1   ■ ■ ■           ─ ■ ■ · · ·     ─ ■ ■ · · · ─ ■ ■ · · ·      ─ hands on, frozen
-stage 2   ■ ■ ■           ─ ─ ─ ■ ■ ■     ─ ─ ─ ■ ■ ■ ─ ─ ─ ■ ■ ■      · idle
+          parallel        sequential      multi_lap, laps: 2     a column an epoch; epochs: 1, epochs_growth: 1
+stage 0   ■ ■ ■           ■ ─ ─ ─ ─ ─     ■ ─ ─ ─ ─ ─ ■ ─ ─ ─ ─ ─      ■ learns
+stage 1   ■ ■ ■           · ■ ■ ─ ─ ─     · ■ ■ ─ ─ ─ · ■ ■ ─ ─ ─      ─ frozen, hands on
+stage 2   ■ ■ ■           · · · ■ ■ ■     · · · ■ ■ ■ · · · ■ ■ ■      · idle
 """
 
 from __future__ import annotations

@@ -86,6 +86,25 @@ def test_accumulation_parts_a_step_as_evenly_as_it_can() -> None:
     assert rows == [(0, 3, 0, 7, False), (3, 5, 3, 7, False), (5, 7, 5, 7, True), (7, 10, 0, 3, True)]
 
 
+def test_the_last_micro_batch_of_a_phase_closes_it() -> None:
+    def closing(train: dict[str, object], **options: object) -> list[int]:
+        plan = itinerary({"batch": 5, "accumulate": 2, **train}, num_valid=1, num_test=0, **options)
+        stops = list(plan.stops())
+        assert all(stop.closes_step for stop in stops if stop.closes_phase)
+        return [stop.step for stop in stops if stop.closes_phase]
+
+    # two steps an epoch; stage 0 learns for one epoch, stage 1 for two
+    assert closing({"epochs": 3}, num_stages=2) == [5]
+    assert closing({"epochs": 1, "epochs_growth": 1, "order": "sequential"}, num_stages=2) == [1, 5]
+    assert closing({"epochs": 1, "order": "multi_lap", "laps": 2, "max_steps": 7}, num_stages=2) == [1, 3, 5, 6]
+
+
+def test_epochs_count_on_through_phases_and_laps() -> None:
+    plan = itinerary({"epochs": 1, "batch": 5, "order": "multi_lap", "laps": 2}, {"valid_every": 0.0}, num_stages=2)
+    assert [stop.epoch for stop in plan.stops() if stop.split.label == "train"] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert (plan.total_steps, plan.steps_per_epoch) == (8, 2)
+
+
 def test_an_evaluation_carries_the_steps_taken_and_the_epoch_just_trained() -> None:
     plan = itinerary({"epochs": 2, "batch": 5}, {"at_start": True})
     evaluations = [stop for stop in plan.stops() if stop.split.label != "train"]
