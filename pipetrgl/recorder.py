@@ -117,17 +117,19 @@ class Recorder:
         files[row["file"]] = row["sha256"]
         if len(files) < self._blueprint.num_stages:
             return
+        step, files = row["step"], self._files.pop(row["step"])
         try:
-            write_manifest(step_folder(self._run, row["step"]), row["step"], self._files.pop(row["step"]))
+            write_manifest(step_folder(self._run, step), step, files, self._blueprint.updates(step))
             prune(self._run, self._blueprint.config.checkpoint.keep)
         except OSError as error:
-            logger.warning("step %d: the checkpoint could not be completed (%s)", row["step"], error)
+            logger.warning("step %d: the checkpoint could not be completed (%s)", step, error)
 
     def _result(self, status: str, launcher: str, environment: dict[str, Any], error: str | None) -> Row:
         stages = [self._stage(index) for index in range(self._blueprint.num_stages)]
         valid = [stage["valid_accuracy"] for stage in stages]
         rates = [stage["images_per_s"] for stage in stages if stage["images_per_s"] is not None]
         times = [stage["train_s"] for stage in stages if stage["train_s"] is not None]
+        together = self._blueprint.config.train.order == "parallel"
         return {
             "schema": 1,
             "command": "train",
@@ -139,7 +141,7 @@ class Recorder:
             "data": self._blueprint.spec.name,
             "config_hash": self._blueprint.config_hash,
             "num_stages": len(stages),
-            "num_steps": max(stage["num_steps"] for stage in stages),
+            "num_steps": (max if together else sum)(stage["num_steps"] for stage in stages),
             "first_step": self._first_step,
             "total_steps": self._blueprint.itinerary.total_steps,
             "num_parameters": {
@@ -148,7 +150,7 @@ class Recorder:
             },
             "recoveries": self._recoveries,
             "wall_s": time.perf_counter() - self._start,
-            "train_s": max(times, default=None),
+            "train_s": (max(times) if together else sum(times)) if times else None,
             "images_per_s": min(rates, default=None),
             "stages": stages,
             # chosen on the validation split; the test split is only reported
@@ -168,7 +170,7 @@ class Recorder:
             "num_parameters": blocks,
             "head_parameters": head,
             "tau": _finite(blueprint.taus[index]),
-            "num_steps": summary.get("num_steps", train.get("step", 0)),
+            "num_steps": summary.get("num_steps", blueprint.itinerary.sweep.num_updates(index, train.get("step", 0))),
             "skipped_updates": summary.get("skipped_updates", train.get("skipped_updates", 0)),
             "valid_accuracy": rows.get("valid", {}).get("accuracy"),
             "valid_loss": rows.get("valid", {}).get("task_loss"),

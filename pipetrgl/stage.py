@@ -33,6 +33,11 @@ class StageOutput:
     loss: LocalLoss
     cost_names: tuple[str, ...]
 
+    @property
+    def trained(self) -> bool:
+        """Whether the stage learns from it: only then is there a graph."""
+        return self.loss.total.requires_grad
+
 
 class Reseed(Protocol):
     """Gives every stochastic layer of a block its seed for one micro-batch."""
@@ -64,6 +69,9 @@ class Stage:
 
     z (detached) ─▶ blocks T_k ─▶ activation ─▶ next stage
                                       └──▶ head F_k ─▶ logits ─▶ local loss ─▶ backward ─▶ update
+
+    Attributes:
+        num_updates: the stage's own; in the parallel order the run's optimizer steps.
     """
 
     def __init__(self, parts: StageParts) -> None:
@@ -100,7 +108,7 @@ class Stage:
             logits = self.head(activation)
             target = micro_batch.target.to(self.device, non_blocking=True)
             if train and micro_batch.row_start == 0 and self.objective.adapts:
-                self.objective.observe(logits, target, micro_batch.step)
+                self.objective.observe(logits, target, self.num_updates)
             loss = self.objective.local_loss(logits, target, costs)
         return StageOutput(activation, logits, loss, names)
 

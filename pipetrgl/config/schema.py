@@ -168,7 +168,7 @@ class ObjectiveConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate over the whole run, a function of the optimizer step alone."""
+    """Learning rate over all updates of a stage, a function of their number alone; in the parallel order, the run's."""
 
     name: Literal["constant", "cosine", "one_cycle", "multistep"] = "constant"
     """Shape."""
@@ -205,10 +205,17 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """How long, and in what portions."""
 
+    order: Literal["parallel", "sequential", "multi_lap"] = "parallel"
+    """parallel: all stages learn at the same time; sequential: one after another, on the frozen ones before it;
+    multi_lap: the whole sequential sweep several times."""
     epochs: Positive = 8
-    """Passes over the training split."""
+    """Passes over the training split; of stage 0 in each lap if the order is not parallel."""
+    epochs_growth: NonNegative = 0
+    """sequential and multi_lap: stage i learns for epochs + i * epochs_growth epochs."""
+    laps: Positive = 1
+    """multi_lap: sweeps over all stages."""
     max_steps: Positive | None = None
-    """End after this many optimizer steps, wherever in an epoch that is."""
+    """End after this many optimizer steps of the whole run, wherever in an epoch that is."""
     batch: Positive = 64
     """Rows of one optimizer step."""
     accumulate: Positive = 1
@@ -230,6 +237,16 @@ class TrainConfig(Section):
     def _micro_batches_hold_rows(self) -> TrainConfig:
         if self.accumulate > self.batch:
             raise ValueError(f"accumulate: {self.accumulate} micro-batches cannot share {self.batch} rows")
+        return self
+
+    @model_validator(mode="after")
+    def _only_where_used(self) -> TrainConfig:
+        faults = []
+        if "epochs_growth" in self.model_fields_set and self.order == "parallel":
+            faults.append("epochs_growth: only used with train.order: sequential or multi_lap")
+        if "laps" in self.model_fields_set and self.order != "multi_lap":
+            faults.append("laps: only used with train.order: multi_lap")
+        _raise(faults)
         return self
 
 

@@ -38,7 +38,7 @@ class Evaluation:
         self._rows = 0
 
     def __call__(self, micro_batch: MicroBatch, output: StageOutput) -> None:
-        if micro_batch.split is Split.TRAIN:
+        if micro_batch.split is Split.TRAIN or micro_batch.is_tick:
             return
         target = micro_batch.target.to(output.logits.device)
         loss = F.cross_entropy(output.logits, target, reduction="sum")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipetrgl.channels.contracts import Inbox, Outbox
 from pipetrgl.errors import DivergedError
-from pipetrgl.microbatch import MicroBatch, Split
+from pipetrgl.microbatch import MicroBatch
 from pipetrgl.stage import Stage, StageOutput
 
 Row = dict[str, Any]
@@ -33,7 +33,7 @@ class TrainMetrics:
         stage: measured.
         inbox, outbox: whose waits are reported.
         sink: takes the rows.
-        every: optimizer steps between rows; the last row of the run may cover fewer.
+        every: optimizer steps between rows; the last row of a phase may cover fewer.
     """
 
     def __init__(self, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink, every: int) -> None:
@@ -52,10 +52,10 @@ class TrainMetrics:
         self._step = self._epoch = 0
 
     def __call__(self, micro_batch: MicroBatch, output: StageOutput) -> None:
-        self._cost_names = output.cost_names
-        if micro_batch.split is not Split.TRAIN:
+        if not output.trained:
             self._clock.skip()
             return
+        self._cost_names = output.cost_names
         self._clock.count(micro_batch.num_rows)
         self._before = self._before or (self._sums, self._rows)
         loss, rows = output.loss, micro_batch.num_rows
@@ -71,12 +71,10 @@ class TrainMetrics:
                 self._skipped = self._stage.skipped_updates
                 self._sums, self._rows = self._before  # a step that was skipped is no part of the means
             self._before = None
-            if self._step % self._every == 0:
+            if micro_batch.closes_phase or self._step % self._every == 0:
                 self._write()
 
     def close(self) -> None:
-        if self._unwritten:
-            self._write()
         self._sink(self._clock.summary(self._stage))
 
     def state(self) -> dict[str, Tensor]:

@@ -100,7 +100,7 @@ def _train_rank(
 
 def _job(blueprint: Blueprint, run: Path, checkpoint: Checkpoint | None, stop: threading.Event) -> Job:
     if checkpoint is not None:
-        checkpoint.require_fit(run, blueprint.itinerary.total_steps)
+        checkpoint.require_fit(run, blueprint.itinerary.total_steps, blueprint.updates(checkpoint.step))
     return Job(blueprint, run, dict(os.environ), checkpoint, stop)
 
 

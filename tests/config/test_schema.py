@@ -81,6 +81,30 @@ def test_a_rule_reports_every_fault_of_its_section() -> None:
         DataConfig.model_validate({"num_classes": 3, "samples": 4})
 
 
+@pytest.mark.parametrize(
+    ("train", "faults"),
+    [
+        ({"epochs_growth": 0}, ["epochs_growth"]),
+        ({"laps": 1, "epochs_growth": 2, "order": "parallel"}, ["epochs_growth", "laps"]),
+        ({"laps": 3, "epochs_growth": 2, "order": "sequential"}, ["laps"]),
+        ({"laps": 3, "epochs_growth": 2, "order": "multi_lap"}, []),
+    ],
+)
+def test_options_of_an_order_are_refused_in_another(train: dict[str, Any], faults: list[str]) -> None:
+    if not faults:
+        TrainConfig.model_validate(train)
+        return
+    message = r"[^\n]*\n".join(f"{fault}: only used with train.order" for fault in faults)
+    with pytest.raises(ValidationError, match=message):
+        TrainConfig.model_validate(train)
+
+
+def test_a_dump_of_every_order_loads_again() -> None:
+    for order in ("parallel", "sequential", "multi_lap"):
+        config = Config.model_validate({"train": {"order": order}})
+        assert Config.model_validate(yaml.safe_load(dump(config))) == config
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\nb", "/tmp/x"])
 def test_a_run_name_cannot_leave_the_run_folder(name: str) -> None:
     with pytest.raises(ValidationError, match="cannot start a folder's name"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from pipetrgl.blueprint import Blueprint, draw_up
@@ -113,6 +114,20 @@ def test_train_rows_come_every_n_steps_and_once_more_for_the_rest(tmp_path: Path
         assert row["local_loss"] == pytest.approx(row["task_loss"] + row["transport_cost"] / (2 * 0.5), rel=1e-5)
         assert sum(row["transport_cost_by_block"].values()) == pytest.approx(row["transport_cost"], rel=1e-5)
         assert 0 <= row["accuracy"] <= 1
+
+
+def test_a_stream_that_ends_early_writes_no_partial_row_and_its_checkpoint_keeps_the_sums(tmp_path: Path) -> None:
+    blueprint = blueprint_of(tmp_path, pipeline={"stages": 1}, metrics={"every": 3})
+    stage, rows = build_stage(blueprint, 0, CPU), []
+    batches = stream(tmp_path)
+    inbox = _Listed(list(itertools.takewhile(lambda batch: batch.step < 5, batches)))
+    batches.close()  # type: ignore[attr-defined]
+    hooks = build_hooks(Job(blueprint, tmp_path, {}), stage, inbox, NullOutbox(), rows.append)
+    loop.run(stage, inbox, NullOutbox(), Parallel(), hooks)
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [3]
+    saved = safetensors.torch.load_file(tmp_path / "checkpoints" / "step-5" / "stage-0.safetensors")
+    (place,) = [tensor for name, tensor in saved.items() if name.startswith("metrics.") and name.endswith(".place")]
+    assert place.tolist() == [2 * 8, 5, 0]  # rows since the last row, step, epoch
 
 
 def test_an_evaluation_counts_every_sample_once_and_trains_nothing(tmp_path: Path) -> None:
