@@ -42,15 +42,19 @@ class Pipeline:
         folder.mkdir(exist_ok=True)
         self.folder = folder
         (folder / "config.yaml").write_text(dump(tiny(model, folder / "runs", **sections)))
-        self.process = subprocess.Popen(
-            [sys.executable, *command, "train", "config.yaml", *overrides],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self.output = ""
+        with (folder / "stdout").open("wb") as output, (folder / "stderr").open("wb") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, *command, "train", "config.yaml", *overrides],
+                cwd=folder,
+                stdout=output,
+                stderr=errors,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return (self.folder / "stdout").read_text()
 
     @property
     def run(self) -> Path:
@@ -60,11 +64,10 @@ class Pipeline:
     def workers(self) -> dict[int, int]:
         """Process id of the newest worker at each rank that has said who it is and still runs."""
         pids = {}
-        for log in self.folder.glob("runs/*/logs/stage-*.log"):
-            said = re.findall(r"stage \d+ \(rank (\d+)\) is process (\d+) on ", log.read_text())
-            if said and _runs(int(said[-1][1])):
-                pids[int(said[-1][0])] = int(said[-1][1])
-        return pids
+        for log in [*self.folder.glob("runs/*/logs/stage-*.log"), self.folder / "stderr"]:  # torchrun's: on stderr
+            for rank, pid in re.findall(r"stage \d+ \(rank (\d+)\) is process (\d+) on ", log.read_text()):
+                pids[int(rank)] = int(pid)
+        return {rank: pid for rank, pid in pids.items() if _runs(pid)}
 
     def rows(self, kind: str = "train") -> list[dict[str, Any]]:
         """What the run has written so far, without a last line that is not whole yet."""
@@ -93,9 +96,9 @@ class Pipeline:
 
     def finish(self) -> tuple[int, str]:
         """Exit code and stderr, after all processes have gone."""
-        self.output, errors = self.process.communicate(timeout=180)
+        code = self.process.wait(timeout=180)
         assert self.workers() == {}
-        return self.process.returncode, errors
+        return code, (self.folder / "stderr").read_text()
 
     def result(self) -> dict[str, Any]:
         result: dict[str, Any] = json.loads((self.run / "result.json").read_text())
@@ -106,7 +109,7 @@ class Pipeline:
         for pid in [self.process.pid, *self.workers().values()]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.communicate()
+        self.process.wait()
 
 
 def _runs(pid: int) -> bool:

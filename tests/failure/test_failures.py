@@ -67,7 +67,7 @@ def test_workers_end_when_their_supervisor_is_killed(start: Start) -> None:
     pipeline = start(**ENDLESS)
     pipeline.wait_for_step(5, stage=2)
     os.kill(pipeline.process.pid, signal.SIGKILL)
-    pipeline.process.communicate(timeout=30)
+    pipeline.process.wait(timeout=30)
     deadline = time.monotonic() + 30
     while pipeline.workers() and time.monotonic() < deadline:
         time.sleep(0.1)

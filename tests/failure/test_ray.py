@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import sys
@@ -85,13 +86,13 @@ def test_a_cluster_that_does_not_answer_is_one_message(tmp_path: Path) -> None:
         run(tiny("mlp", tmp_path, pipeline={"stages": 2}, launcher=launcher))
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
     """A head without CPUs and four nodes with one each: as many raylets, on this machine."""
     import ray
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "of-a-test-cluster-on-this-machine-only")
+    os.environ["RAY_AUTH_TOKEN"] = "of-a-test-cluster-on-this-machine-only"
     head = {"num_cpus": 0, "object_store_memory": 80 * 2**20, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(**NODE) for _ in range(4)]
@@ -103,6 +104,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     ray.shutdown()
     cluster.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+    del os.environ["RAY_AUTH_TOKEN"]
 
 
 NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "labels": {"disk": "fast"}}
