@@ -42,6 +42,10 @@ class ReplayGapError(LinkError):
     """A replaced stage needs what the stage before no longer keeps: only the whole run can start again."""
 
 
+class StalledError(LinkError):
+    """A neighbour lives, but has given no sign of progress for longer than a wait may last."""
+
+
 class DivergedError(PipetrglError):
     """A loss or an activation is NaN or infinite."""
 
@@ -68,6 +72,7 @@ BY_NAME: dict[str, type[PipetrglError]] = {
         LaunchError,
         LinkError,
         ReplayGapError,
+        StalledError,
         DivergedError,
         Interrupted,
     )

@@ -29,6 +29,7 @@ from pipetrgl.engine.listen import Listen
 from pipetrgl.engine.metrics import Sink, TrainMetrics
 from pipetrgl.engine.nonfinite import watch
 from pipetrgl.engine.phases import Parallel, Plan, plan_of
+from pipetrgl.engine.pulse import Pulse, PulsedStage
 from pipetrgl.engine.trace import Trace, TracedInbox, TracedOutbox, TracedStage, TraceHook
 from pipetrgl.memory import keep_freed_memory, peak_rss_bytes
 from pipetrgl.models import stochastic
@@ -77,7 +78,9 @@ class Links(Protocol):
     def clock_offset_s(self) -> float: ...
 
 
-def run_worker(job: Job, place: Place, links: Links, sink: Sink, device: torch.device, alarm: Alarm) -> None:
+def run_worker(
+    job: Job, place: Place, links: Links, sink: Sink, device: torch.device, alarm: Alarm, pulse: Pulse
+) -> None:
     """Train one stage from the first micro-batch to the last.
 
     Args:
@@ -87,6 +90,7 @@ def run_worker(job: Job, place: Place, links: Links, sink: Sink, device: torch.d
         sink: takes its rows.
         device: of the stage.
         alarm: looked at after every micro-batch, so that a worker that never waits hears of failures as well.
+        pulse: says what the stage is at.
 
     Raises:
         PipetrglError: the first error of any worker of the run.
@@ -102,7 +106,7 @@ def run_worker(job: Job, place: Place, links: Links, sink: Sink, device: torch.d
         spans = Trace(trace.first_step, trace.num_steps, place.rank, f"stage {place.stage}", links.clock_offset_s)
         hooks = [*build_hooks(job, stage, inbox, outbox, sink), TraceHook(spans, place.stage, sink), Listen(alarm)]
         plan = build_plan(blueprint)
-        traced = TracedStage(build_trainee(job, stage), spans)
+        traced = TracedStage(PulsedStage(build_trainee(job, stage), pulse), spans)
         trainee, out = _idling(plan, traced, TracedOutbox(outbox, spans))
         loop.run(trainee, TracedInbox(inbox, spans), out, plan, hooks)
         sink({"kind": "memory", "stage": place.stage, "peak_rss_bytes": peak_rss_bytes()})

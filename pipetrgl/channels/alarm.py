@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import final
 
-from pipetrgl.errors import LinkError
+from pipetrgl.errors import StalledError
 
 _POLL_S = 0.05
 
@@ -43,7 +43,7 @@ def wait_until(
     """Block, holding `condition`, until `ready()`; returns the seconds waited.
 
     Raises:
-        LinkError: `timeout_s` passed; the message is "waited N s for {what}".
+        StalledError: `timeout_s` passed; the message is "waited N s for {what}".
         BaseException: the alarm rang meanwhile.
     """
     if ready():
@@ -52,6 +52,6 @@ def wait_until(
     while not ready():
         alarm.check()
         if time.perf_counter() - start > timeout_s:
-            raise LinkError(f"waited {timeout_s:.0f} s for {what}; it is alive but gives no sign of progress")
+            raise StalledError(f"waited {timeout_s:.0f} s for {what}; it is alive but gives no sign of progress")
         condition.wait(_POLL_S)
     return time.perf_counter() - start

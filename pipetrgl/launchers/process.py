@@ -35,6 +35,7 @@ from pipetrgl.config.schema import Config
 from pipetrgl.data.dataset import DataSpec
 from pipetrgl.engine.checkpoint import Checkpoint
 from pipetrgl.engine.metrics import Row, Sink
+from pipetrgl.engine.pulse import Pulse
 from pipetrgl.errors import Interrupted, LaunchError, PipetrglError
 from pipetrgl.logs import log_to_stderr
 from pipetrgl.seeds import derive
@@ -76,8 +77,9 @@ def run_process(job: Job, member: Membership) -> None:
     Raises:
         PipetrglError: the run's first error, this worker's or another's.
     """
-    board, alarm = Board(member.store), Alarm()
+    board, alarm, pulse = Board(member.store), Alarm(), Pulse()
     heartbeat = _heartbeat(job, member, alarm)
+    heartbeat.looks.append(functools.partial(_end_if_stuck, pulse, job, member))
     heartbeat.start()
     sink = BoardSink(board, member.place.rank, member.incarnation)
     forward = _ForwardLogs(sink, member.place.stage)
@@ -88,7 +90,7 @@ def run_process(job: Job, member: Membership) -> None:
         logger.info("%s is process %d on %s, from step %d", *where)
         links = StoreLinks(job, member, board, alarm)
         heartbeat.looks.append(links.look)
-        run_worker(job, member.place, links, sink, member.device, alarm)
+        run_worker(job, member.place, links, sink, member.device, alarm, pulse)
         sink({"kind": "end", "stage": member.place.stage})
         if member.supervised:
             _await_release(board, alarm)
@@ -312,6 +314,18 @@ def share_stop(stop: threading.Event, board: Board) -> None:
         board.post(_STOP, {})
     elif board.find(_STOP) is not None:
         stop.set()
+
+
+def _end_if_stuck(pulse: Pulse, job: Job, member: Membership, board: Board) -> None:
+    """End this process, with its own account, where the stage's thread hangs in a computation and never will.
+
+    Well before the neighbours' deadline, who would name each other.
+    """
+    limit_s = job.blueprint.config.channel.wait_timeout_s / 2
+    if (what := pulse.stuck(limit_s)) is not None:
+        who = name_of(member.place)
+        _report(LaunchError(f"{who}, {what} has taken more than {limit_s:.0f} s; it hangs"), board, member)
+        exit_now(LaunchError.exit_code)
 
 
 def release(board: Board) -> None:

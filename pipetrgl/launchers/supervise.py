@@ -25,7 +25,7 @@ from pipetrgl.channels.peer import announce_replacement
 from pipetrgl.config.load import dump
 from pipetrgl.engine.checkpoint import Checkpoint, newest_complete, step_folder
 from pipetrgl.engine.metrics import Row, Sink
-from pipetrgl.errors import ConfigError, LaunchError, LinkError, ReplayGapError
+from pipetrgl.errors import ConfigError, LaunchError, LinkError, ReplayGapError, StalledError
 from pipetrgl.launchers.process import (
     Collector,
     account_of,
@@ -188,7 +188,8 @@ class Supervisor:
         """Replace the worker, or raise why it ended."""
         account = account_of(self._board, seat.place.rank, seat.incarnation)
         why = remote_error(account) if account is not None else error
-        mendable = isinstance(why, LaunchError | LinkError) and not isinstance(why, ReplayGapError)
+        # a worker that gave up waiting is not the one at fault
+        mendable = isinstance(why, LaunchError | LinkError) and not isinstance(why, ReplayGapError | StalledError)
         if mendable and self._can_replace(seat) and self._budget.spend():
             self._replace(seat, str(why), account)
             return

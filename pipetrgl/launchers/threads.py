@@ -11,6 +11,7 @@ from pipetrgl.channels.codecs import CODECS
 from pipetrgl.channels.contracts import Inbox, Outbox
 from pipetrgl.channels.threads import thread_link
 from pipetrgl.engine.metrics import Sink
+from pipetrgl.engine.pulse import Pulse
 from pipetrgl.errors import Interrupted
 from pipetrgl.launchers.supervise import Budget
 from pipetrgl.worker import Job, run_worker
@@ -55,7 +56,7 @@ def launch(job: Job, sink: Sink, budget: Budget) -> None:
 
     def work(stage: int) -> None:
         try:
-            run_worker(job, job.blueprint.world.place(stage), links, locked_sink, device, alarm)
+            run_worker(job, job.blueprint.world.place(stage), links, locked_sink, device, alarm, Pulse())
         except BaseException as error:
             alarm.ring(error)
 
