@@ -57,6 +57,7 @@ class Connector:
         self, board: Board, mine: Hello, address: str, timeout_s: float, alarm: Alarm, generation: int = 0
     ) -> None:
         self._board = board
+        self._store = board.store.clone()  # a group waits inside the store, which would hold up the board's calls
         self._mine = mine
         self._address = address
         self._timeout_s = timeout_s
@@ -95,7 +96,7 @@ class Connector:
                     f"{self._mine.name} on {self._mine.host} has {meaning} {ours}, but {hello['name']} on "
                     f"{hello['host']} has {theirs}; all workers must be started with the same version and config"
                 )
-        store = PrefixStore(self._prefix(peer, side), self._board.store)
+        store = PrefixStore(self._prefix(peer, side), self._store)
         group: list[ProcessGroup] = []
 
         def build() -> None:
@@ -114,7 +115,7 @@ class Connector:
         if device.type == "cpu":
             return GlooLine(group, other)
         # One group an edge: unbatched point-to-point on a shared group would be serialised.
-        store = PrefixStore(self._prefix(peer, side) + "/nccl", self._board.store)
+        store = PrefixStore(self._prefix(peer, side) + "/nccl", self._store)
         return NcclLine(nccl_pair(store, side, device), other, terms.capacity, device)
 
     def _lead_clock(self, group: ProcessGroup, name: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, final
 
 from pipetrgl.channels.alarm import Alarm
-from pipetrgl.channels.board import Board
+from pipetrgl.channels.board import Board, StoreLostError
 from pipetrgl.channels.c10d import Store
 from pipetrgl.errors import BY_NAME, LaunchError, LinkError
 
@@ -35,7 +35,7 @@ class Heartbeat:
     def __init__(
         self, store: Store, rank: int, watched: Mapping[int, str], interval_s: float, timeout_s: float, alarm: Alarm
     ) -> None:
-        self._board = Board(store)
+        self._board = Board(store, timeout_s)
         self._rank = rank
         self._watched = watched
         self._interval_s = interval_s
@@ -47,7 +47,7 @@ class Heartbeat:
 
     def start(self) -> None:
         """Beat once before returning, so that whoever opens a link to this worker later has a beat to miss."""
-        self._board.store.set(_key(self._rank), "1")
+        self._board.post(_key(self._rank), 1)
         self._thread.start()
 
     def stop(self) -> None:
@@ -67,16 +67,16 @@ class Heartbeat:
                 if time.monotonic() >= next_beat:
                     count += 1
                     next_beat = time.monotonic() + self._interval_s
-                    self._board.store.set(_key(self._rank), str(count))
+                    self._board.post(_key(self._rank), count)
                     self._look_at_neighbours()
-            self._board.store.set(_key(self._rank), str(DONE))
-        except RuntimeError:
+            self._board.post(_key(self._rank), DONE)
+        except StoreLostError as error:
             if not self._stop.is_set():
-                self._alarm.ring(LaunchError("lost the run's store: the launcher that hosts it has died"))
+                self._alarm.ring(self._with_neighbours(error))
 
     def _look_at_neighbours(self) -> None:
         for peer, name in self._watched.items():
-            count = int(self._board.store.get(_key(peer))) if self._board.store.check([_key(peer)]) else 0
+            count = self._board.find(_key(peer)) or 0
             last, since = self._seen[peer]
             if count != last or count in (0, DONE):  # one that has not started yet has its own deadline at start
                 self._seen[peer] = (count, time.monotonic())
@@ -87,6 +87,11 @@ class Heartbeat:
                         "it was stopped, or its machine or network is gone"
                     )
                 )
+
+    def _with_neighbours(self, error: StoreLostError) -> StoreLostError:
+        """Whoever is cut off cannot know which of its neighbours are: it says of whom it hears no more."""
+        names = ", ".join(self._watched.values())
+        return StoreLostError(f"{error}; nothing more is heard of {names}") if names else error
 
 
 class RemoteError(Exception):

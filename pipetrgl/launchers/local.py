@@ -49,7 +49,7 @@ def launch(job: Job, sink: Sink) -> None:
         PipetrglError: the first error of any worker; no process is left behind.
     """
     config = job.blueprint.config
-    board = Board(_host_store(config.launcher.port))
+    board = Board(_host_store(config.launcher.port), config.channel.heartbeat_timeout_s)
     board.post("spec", job.blueprint.spec.to_dict())
     board.post("checkpoint", job.checkpoint.to_dict() if job.checkpoint else {})
     workers = _Workers(job, board.store.port)
@@ -182,7 +182,7 @@ def _worker(run: Path, rank: int, port: int) -> None:
     """The main of a worker process."""
     end_on_signals()
     store = TCPStore(_HOST, port, is_master=False, timeout=timedelta(seconds=30))
-    board = Board(store)
+    board = Board(store, 30.0)
     try:
         spec = DataSpec.from_dict(board.read("spec", 30.0, Alarm(), "the launcher's data specification"))
         checkpoint = Checkpoint.from_dict(board.read("checkpoint", 30.0, Alarm(), "the launcher's checkpoint"))

@@ -18,7 +18,7 @@ import torch
 
 from pipetrgl.blueprint import Blueprint
 from pipetrgl.channels.alarm import Alarm
-from pipetrgl.channels.board import Board
+from pipetrgl.channels.board import Board, StoreLostError
 from pipetrgl.channels.c10d import Store
 from pipetrgl.channels.codecs import CODECS
 from pipetrgl.channels.connect import Connector, Hello
@@ -58,7 +58,7 @@ def run_process(job: Job, member: Membership) -> None:
     Raises:
         PipetrglError: the run's first error, this worker's or another's.
     """
-    board, alarm = Board(member.store), Alarm()
+    board, alarm = Board(member.store, job.blueprint.config.channel.heartbeat_timeout_s), Alarm()
     heartbeat = _heartbeat(job.blueprint, member, alarm)
     heartbeat.start()
     sink = BoardSink(board, member.place.rank)
@@ -212,16 +212,16 @@ def _heartbeat(blueprint: Blueprint, member: Membership, alarm: Alarm) -> Heartb
 
 def _report(error: BaseException, board: Board, place: Place) -> BaseException:
     """Post this worker's error as the run's first failure, unless it is only the echo of another's."""
-    if isinstance(error.__cause__, RemoteError):
-        return error
+    if isinstance(error.__cause__, RemoteError) or isinstance(error, StoreLostError):
+        return error  # posting it would wait for the lost store once more
     try:
         if isinstance(error, LostPeerError) and (failure := _wait_for_account(board)) is not None:
             return remote_error(failure)
         note = failure_note(error, place)
         board.post_first(FAILURE, note)
         return remote_error(board.find(FAILURE) or note)  # another worker may have been first
-    except RuntimeError:
-        return LaunchError("lost the run's store: the launcher that hosts it has died")
+    except StoreLostError as lost:
+        return lost
 
 
 def failure_note(error: BaseException, place: Place) -> dict[str, Any]:

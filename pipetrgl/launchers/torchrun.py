@@ -18,12 +18,12 @@ from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.board import Board
 from pipetrgl.channels.c10d import PrefixStore, Store, rendezvous
 from pipetrgl.channels.connect import address_towards
-from pipetrgl.channels.heartbeat import FAILURE, remote_error
+from pipetrgl.channels.heartbeat import Heartbeat
 from pipetrgl.data.dataset import DataSpec
 from pipetrgl.engine.checkpoint import Checkpoint
 from pipetrgl.engine.metrics import Sink
 from pipetrgl.errors import LaunchError, LinkError
-from pipetrgl.launchers.process import Collector, Membership, end_on_signals, run_process
+from pipetrgl.launchers.process import Collector, Membership, end_on_signals, name_of, run_process
 from pipetrgl.logs import log_to_stderr
 from pipetrgl.worker import Job
 
@@ -48,7 +48,7 @@ class Rank:
 
     def agree_on(self, name: str, make: Callable[[], dict[str, object]], timeout_s: float) -> dict[str, object]:
         """A note that rank 0 makes and every rank gets."""
-        board = Board(self.store)
+        board = Board(self.store, timeout_s)
         if self.leads:
             board.post(name, make())
         note: dict[str, object] = board.read(name, timeout_s, Alarm(), "rank 0 to start; see its error")
@@ -92,14 +92,14 @@ def launch(job: Job, me: Rank, sink: Sink) -> None:
     if not me.leads:
         run_process(job, member)
         return
-    collector = Collector(Board(me.store.clone()), me.world_size, sink)
+    silence_s = blueprint.config.channel.heartbeat_timeout_s
+    collector = Collector(Board(me.store.clone(), silence_s), me.world_size, sink)
     stop = threading.Event()
     thread = threading.Thread(target=_collect, args=(collector, stop), name="collector", daemon=True)
     thread.start()
     try:
         run_process(job, member)
-        # the others end within the time that the last micro-batches take to pass
-        _wait_for_the_others(collector, thread, Board(me.store), blueprint.config.channel.wait_timeout_s)
+        _wait_for_the_others(blueprint, collector, thread, me)
     finally:
         stop.set()
         thread.join(5.0)
@@ -111,15 +111,23 @@ def _collect(collector: Collector, stop: threading.Event) -> None:
     collector.poll()
 
 
-def _wait_for_the_others(collector: Collector, thread: threading.Thread, board: Board, timeout_s: float) -> None:
-    """Stage 0 is always done first; the run is done when every rank has posted its last row."""
-    deadline = time.monotonic() + timeout_s
+def _wait_for_the_others(blueprint: Blueprint, collector: Collector, thread: threading.Thread, me: Rank) -> None:
+    """Stage 0 is always done first; the run is done when every rank has posted its last row.
+
+    The others end within the time that the last micro-batches take to pass. Rank 0 watches them all: it may be the only
+    one left on its machine, and then no neighbour would miss those on a machine that is lost now.
+    """
+    channel, alarm = blueprint.config.channel, Alarm()
+    names = {rank: name_of(blueprint.world.place(rank)) for rank in range(1, me.world_size)}
+    watch = Heartbeat(me.store.clone(), -1, names, channel.heartbeat_s, channel.heartbeat_timeout_s, alarm)
+    watch.start()
+    deadline = time.monotonic() + channel.wait_timeout_s
     while thread.is_alive():
         thread.join(_POLL_S)
-        if (failure := board.find(FAILURE)) is not None:
-            raise remote_error(failure)
+        alarm.check()
         if time.monotonic() > deadline:
-            raise LinkError(f"waited {timeout_s:.0f} s for the last rows of the other ranks")
+            raise LinkError(f"waited {channel.wait_timeout_s:.0f} s for the last rows of the other ranks")
+    watch.stop()
     if not collector.complete:
         raise LaunchError("the rows of the other ranks could not be collected; see the traceback above")
 

@@ -215,4 +215,4 @@ def test_a_lost_store_rings_the_alarm() -> None:
 def test_a_missing_note_is_waited_for_until_the_deadline() -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(LinkError, match="waited 0 s for stage 2 to start"):
-        Board(store).read("worker/2", 0.1, Alarm(), "stage 2 to start")
+        Board(store, 10.0).read("worker/2", 0.1, Alarm(), "stage 2 to start")
