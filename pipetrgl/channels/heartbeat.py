@@ -91,7 +91,7 @@ class Heartbeat:
     def _with_neighbours(self, error: StoreLostError) -> StoreLostError:
         """Whoever is cut off cannot know which of its neighbours are: it says of whom it hears no more."""
         names = ", ".join(self._watched.values())
-        return StoreLostError(f"{error}; nothing more is heard of {names}") if names else error
+        return StoreLostError(f"{error}; without it nothing is heard of {names}") if names else error
 
 
 class RemoteError(Exception):

@@ -11,6 +11,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 StepSize = Annotated[float, Field(gt=0, allow_inf_nan=True)]
 Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
+Seconds = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -267,6 +268,10 @@ class ChannelConfig(Section):
     """Seconds between two signs of life of a worker."""
     heartbeat_timeout_s: PositiveFloat = 30.0
     """A worker silent for this long is taken for dead."""
+    delay_s: Seconds = 0.0
+    """For rehearsals: every link is slower by so much, as a long cable is; it still carries as many micro-batches."""
+    jitter_s: Seconds = 0.0
+    """For rehearsals: up to so much more delay, drawn for each micro-batch."""
 
     @model_validator(mode="after")
     def _several_beats_before_death(self) -> ChannelConfig:
