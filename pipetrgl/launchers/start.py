@@ -65,7 +65,7 @@ def train(config: Config, open_display: Callable[[Blueprint, Path], Display]) ->
     if torchrun.is_torchrun() and config.launcher.name in ("local", "torchrun"):
         return _train_rank(config, open_display)
     if config.launcher.name == "torchrun":
-        torchrun.join()  # explains how to start it
+        torchrun.join(config.channel.start_timeout_s)  # explains how to start it
     blueprint = draw_up(config, describe(config))
     run, checkpoint = choose_start(config, config.checkpoint.resume)
     job = _job(blueprint, run, checkpoint)
@@ -75,12 +75,12 @@ def train(config: Config, open_display: Callable[[Blueprint, Path], Display]) ->
 
 
 def _train_rank(config: Config, open_display: Callable[[Blueprint, Path], Display]) -> Row | None:
-    me = torchrun.join()
     timeout_s = config.channel.start_timeout_s
+    me = torchrun.join(timeout_s)
     spec = torchrun.shared_spec(me, lambda: describe(config), timeout_s)
     blueprint = draw_up(config, spec)
     blueprint.world.require_size(me.world_size)
-    resume = "auto" if torchrun.num_restarts() else config.checkpoint.resume
+    resume = "auto" if me.attempt > 1 else config.checkpoint.resume
     run, checkpoint = torchrun.shared_start(me, lambda: choose_start(config, resume), timeout_s)
     job = _job(blueprint, run, checkpoint)
     if not me.leads:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,16 +31,23 @@ from pipetrgl.worker import Job
 Start = tuple[Path, Checkpoint | None]
 
 _POLL_S = 0.2
+_LOOK_S = 0.02
 
 
 @final
 @dataclass(frozen=True)
 class Rank:
-    """This process's place in torchrun's world."""
+    """This process's place in torchrun's world.
+
+    Attributes:
+        store: of torchrun's agent, with a prefix of this attempt's own: a restart starts from a clean slate.
+        attempt: 1, and one more each time torchrun starts this world again (--max-restarts).
+    """
 
     store: Store
     rank: int
     world_size: int
+    attempt: int
 
     @property
     def leads(self) -> bool:
@@ -60,11 +68,12 @@ def is_torchrun() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
-def join() -> Rank:
-    """Reach the store of torchrun's agent; its keys carry the attempt, so a restart starts from a clean slate.
+def join(timeout_s: float) -> Rank:
+    """Reach the store of torchrun's agent, and wait for all ranks to do the same.
 
     Raises:
         LaunchError: not started by torchrun, or its store cannot be reached.
+        LinkError: not all ranks came within `timeout_s`.
     """
     if not is_torchrun():
         raise LaunchError("launcher.name: 'torchrun' runs under torchrun: torchrun --nproc-per-node K -m pipetrgl ...")
@@ -73,7 +82,40 @@ def join() -> Rank:
     except RuntimeError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise LaunchError(f"cannot reach torchrun's store at {where}: {str(error).splitlines()[0]}") from error
-    return Rank(PrefixStore(f"pipetrgl/attempt-{num_restarts()}", store), rank, world_size)
+    board = Board(PrefixStore("pipetrgl", store), timeout_s)
+    attempt = _gather(board, world_size, timeout_s) if rank == 0 else _register(board, rank, timeout_s)
+    return Rank(PrefixStore(f"pipetrgl/attempt-{attempt}", store), rank, world_size, attempt)
+
+
+def _gather(board: Board, world_size: int, timeout_s: float) -> int:
+    """Rank 0 numbers the attempt and tells everybody who asks until every rank has heard.
+
+    The store outlives an attempt, and torchrun's own count will not do: on a node whose workers are started again only
+    because those of another node failed, it stays behind. What a rank of an earlier attempt asked may still stand
+    there; an answer to it harms nobody, for each asks under a ticket of its own.
+    """
+    attempt = int(board.find("attempt") or 0) + 1
+    board.post("attempt", attempt)
+    missing = set(range(1, world_size))
+    deadline = time.monotonic() + timeout_s
+    while missing:
+        for rank in tuple(missing):
+            if board.find(f"heard/{attempt}/{rank}") is not None:
+                missing.discard(rank)
+            elif (ticket := board.find(f"ask/{rank}")) is not None:
+                board.post(f"answer/{ticket}", attempt)
+        if time.monotonic() > deadline:
+            raise LinkError(f"waited {timeout_s:.0f} s for ranks {sorted(missing)} to start")
+        time.sleep(_LOOK_S)
+    return attempt
+
+
+def _register(board: Board, rank: int, timeout_s: float) -> int:
+    ticket = uuid.uuid4().hex
+    board.post(f"ask/{rank}", ticket)
+    attempt = int(board.read(f"answer/{ticket}", timeout_s, Alarm(), "rank 0 to start; see its error"))
+    board.post(f"heard/{attempt}/{rank}", True)
+    return attempt
 
 
 def launch(job: Job, me: Rank, sink: Sink) -> None:
@@ -156,8 +198,3 @@ def shared_start(me: Rank, make: Callable[[], Start], timeout_s: float) -> Start
     run = Path(str(note["run"]))
     run.mkdir(parents=True, exist_ok=True)
     return run, Checkpoint.from_dict(cast(dict[str, Any], note["checkpoint"]))
-
-
-def num_restarts() -> int:
-    """How often torchrun has started this world again (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

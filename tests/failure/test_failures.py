@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from pipetrgl.channels.alarm import Alarm
-from pipetrgl.channels.board import Board
+from pipetrgl.channels.board import Board, StoreLostError
 from pipetrgl.channels.c10d import TCPStore
 from pipetrgl.channels.heartbeat import Heartbeat
 from pipetrgl.config.load import dump
@@ -210,6 +211,50 @@ def test_a_lost_store_rings_the_alarm() -> None:
     with pytest.raises(LaunchError, match="lost the run's store"):
         alarm.check()
     heartbeat.stop()
+
+
+class SilentStore:
+    """A store behind a cut cable: takes what it is given, and never answers."""
+
+    host, port = "10.77.0.1", 29400
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+
+    def set(self, name: str, value: str) -> None:
+        pass
+
+    def check(self, names: list[str]) -> bool:
+        self.over.wait()
+        return False
+
+
+def test_a_silent_store_rings_the_alarm_and_the_neighbours_are_named() -> None:
+    store, alarm = SilentStore(), Alarm()
+    heartbeat = Heartbeat(store, 0, {1: "stage 1 (rank 1)"}, 0.05, 0.2, alarm)
+    heartbeat.start()
+    deadline = time.monotonic() + 20
+    while not alarm.rang and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with pytest.raises(LaunchError, match="store at 10.77.0.1:29400 has given no answer for 0 s.*of stage 1 .rank 1."):
+        alarm.check()
+    heartbeat.stop()
+    store.over.set()
+
+
+def test_every_call_of_a_silent_store_has_a_deadline_and_a_boards_thread_ends_with_it() -> None:
+    store = SilentStore()
+    board = Board(store, 0.1)
+    for _ in range(2):  # the second waits behind the first
+        with pytest.raises(StoreLostError, match="no answer"):
+            board.find("worker/1")
+    before = threading.active_count()
+    store.over.set()
+    del board
+    deadline = time.monotonic() + 20
+    while threading.active_count() == before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert threading.active_count() < before
 
 
 def test_a_missing_note_is_waited_for_until_the_deadline() -> None:

@@ -18,6 +18,7 @@ from tests.equivalence.runs import assert_equal_runs, run, tiny
 from tests.hosts import Host, hosts
 
 IMPATIENT = {"heartbeat_s": 0.5, "heartbeat_timeout_s": 4.0}
+LONG = {"max_steps": 800, "epochs": 10_000}
 ENDLESS = {"max_steps": 100_000, "epochs": 10_000}  # still running when the test strikes
 HANGS_S = 120.0  # nothing here takes a quarter of this
 
@@ -31,15 +32,18 @@ def two() -> Iterator[list[Host]]:
 class Torchrun:
     """`pipetrgl train` on two hosts, `workers` a host; the run folder is on a disk that both see."""
 
-    def __init__(self, folder: Path, two: list[Host], workers: int, rendezvous: str, /, **sections: Any) -> None:
+    def __init__(
+        self, folder: Path, two: list[Host], workers: int, rendezvous: str, *options: str, **sections: Any
+    ) -> None:
         self.folder = folder
         self.stages = 2 * workers
         self.hosts = two
         config = tiny("mlp", folder / "runs", pipeline={"stages": self.stages}, **sections)
         (folder / "config.yaml").write_text(dump(config))
-        self.agents = [self._start(number, workers, rendezvous) for number in range(2)]
+        options = ("--nnodes", "2", "--nproc-per-node", str(workers), *options)
+        self.agents = [self._start(number, rendezvous, options) for number in range(2)]
 
-    def _start(self, number: int, workers: int, rendezvous: str) -> subprocess.Popen[str]:
+    def _start(self, number: int, rendezvous: str, options: tuple[str, ...]) -> subprocess.Popen[str]:
         head, here = self.hosts[0].address, self.hosts[number]
         where = {
             "static": ["--master-addr", head, "--master-port", "29400", "--node-rank", str(number)],
@@ -49,10 +53,10 @@ class Torchrun:
                 *("--rdzv-conf", f"is_host={int(number == 0)}", "--local-addr", here.address),
             ],
         }[rendezvous]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", str(workers)]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *options, *where]
         with (self.folder / f"host{number}.log").open("w") as log:
             return here.start(
-                [*torchrun, *where, "-m", "pipetrgl", "train", str(self.folder / "config.yaml")],
+                [*torchrun, "-m", "pipetrgl", "train", str(self.folder / "config.yaml")],
                 cwd=self.folder,
                 stdout=log,
                 stderr=log,
@@ -89,8 +93,14 @@ class Torchrun:
         return folder
 
 
+def serial(torchrun: Torchrun, **sections: Any) -> Path:
+    """The same run by the plain loop."""
+    pipeline, launcher = {"stages": torchrun.stages}, {"name": "serial"}
+    return run(tiny("mlp", torchrun.folder / "serial", pipeline=pipeline, launcher=launcher, **sections))
+
+
 @pytest.mark.parametrize(
-    ("workers", "rendezvous", "rate"), [(1, "static", None), (2, "c10d", None), (1, "c10d", "20mbit")]
+    ("workers", "rendezvous", "rate"), [(1, "static", None), (2, "c10d", None), (1, "c10d", "1mbit")]
 )
 def test_two_hosts_equal_serial(
     two: list[Host], tmp_path: Path, workers: int, rendezvous: str, rate: str | None
@@ -100,8 +110,7 @@ def test_two_hosts_equal_serial(
         two[1].slow(rate)
     torchrun = Torchrun(tmp_path, two, workers, rendezvous)
     assert torchrun.finish() == [0, 0], torchrun.log(0) + torchrun.log(1)
-    serial = tiny("mlp", tmp_path / "serial", pipeline={"stages": 2 * workers}, launcher={"name": "serial"})
-    assert_equal_runs(torchrun.run, run(serial))
+    assert_equal_runs(torchrun.run, serial(torchrun))
 
 
 @pytest.mark.parametrize("cut_off", [0, 1])
@@ -118,12 +127,24 @@ def test_a_cut_link_ends_the_workers_of_both_hosts_and_each_names_the_other(
 
 
 def test_a_short_cut_is_survived(two: list[Host], tmp_path: Path) -> None:
-    torchrun = Torchrun(tmp_path, two, 1, "static", channel=IMPATIENT, train={"max_steps": 800, "epochs": 10_000})
+    torchrun = Torchrun(tmp_path, two, 1, "static", channel=IMPATIENT, train=LONG)
     torchrun.wait_until_training()
     two[1].link_down()
     time.sleep(1.0)
     two[1].link_up()
+    assert torchrun.workers(1) != []
     assert torchrun.finish() == [0, 0], torchrun.log(0) + torchrun.log(1)
+    assert_equal_runs(torchrun.run, serial(torchrun, train=LONG))
+
+
+def test_all_workers_start_again_when_one_on_the_other_host_is_killed(two: list[Host], tmp_path: Path) -> None:
+    options = {"train": LONG, "checkpoint": {"every": 20}}
+    torchrun = Torchrun(tmp_path, two, 1, "c10d", "--max-restarts", "1", **options)
+    torchrun.wait_until_training()
+    (worker,) = torchrun.workers(1)
+    os.kill(worker, signal.SIGKILL)
+    assert torchrun.finish() == [0, 0], torchrun.log(0) + torchrun.log(1)
+    assert_equal_runs(torchrun.run, serial(torchrun, **options))
 
 
 def test_a_stopped_worker_on_the_other_host_is_named(two: list[Host], tmp_path: Path) -> None:
