@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import socket
 import threading
 import time
 import uuid
@@ -129,8 +131,7 @@ def launch(job: Job, me: Rank, sink: Sink) -> None:
     blueprint.world.require_size(me.world_size)
     place = blueprint.world.place(me.rank)
     log_to_stderr()
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    member = Membership(me.store, place, _device(blueprint), address_towards(host, port))
+    member = Membership(me.store, place, _device(blueprint), own_address(me.world_size))
     if not me.leads:
         run_process(job, member)
         return
@@ -145,6 +146,24 @@ def launch(job: Job, me: Rank, sink: Sink) -> None:
     finally:
         stop.set()
         thread.join(5.0)
+
+
+def own_address(world_size: int) -> str:
+    """This machine's address as the other ranks reach it.
+
+    Raises:
+        LaunchError: it is a loopback address, though some ranks are elsewhere.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address = address_towards(host, port)
+    num_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if ipaddress.ip_address(address).is_loopback and num_here < world_size:
+        raise LaunchError(
+            f"this machine, {socket.gethostname()}, takes MASTER_ADDR '{host}' for its own loopback address, where the "
+            "other machines cannot reach it; give torchrun plain addresses, see docs/clusters.md: --local-addr ADDRESS "
+            "beside --rdzv-endpoint, or --master-addr ADDRESS"
+        )
+    return address
 
 
 def _collect(collector: Collector, stop: threading.Event) -> None:

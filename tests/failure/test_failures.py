@@ -22,6 +22,7 @@ from pipetrgl.channels.c10d import TCPStore
 from pipetrgl.channels.heartbeat import Heartbeat
 from pipetrgl.config.load import dump
 from pipetrgl.errors import DivergedError, LaunchError, LinkError
+from pipetrgl.launchers.torchrun import own_address
 from pipetrgl.microbatch import MicroBatch
 from pipetrgl.stage import Stage, StageOutput
 from tests.equivalence.runs import run, tiny
@@ -211,6 +212,14 @@ def test_a_lost_store_rings_the_alarm() -> None:
     with pytest.raises(LaunchError, match="lost the run's store"):
         alarm.check()
     heartbeat.stop()
+
+
+def test_a_loopback_address_is_refused_when_some_ranks_are_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "29400", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert own_address(world_size=2) == "127.0.0.1"
+    with pytest.raises(LaunchError, match="MASTER_ADDR 'localhost' for its own loopback address"):
+        own_address(world_size=4)
 
 
 class SilentStore:
