@@ -80,6 +80,10 @@ class StaysOpen:
     def sent_bytes(self) -> int:
         return self._outbox.sent_bytes
 
+    @property
+    def received_index(self) -> int:
+        return self._outbox.received_index
+
     def send(self, micro_batch: MicroBatch) -> None:
         self._outbox.send(micro_batch)
 

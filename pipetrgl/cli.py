@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from pipetrgl.blueprint import Blueprint, draw_up
 from pipetrgl.config.load import json_schema, load
 from pipetrgl.console import Progress, print_result
 from pipetrgl.errors import ConfigError, Interrupted, PipetrglError
-from pipetrgl.launchers.process import end_on_signals
+from pipetrgl.launchers.process import stop_on_signals
 from pipetrgl.launchers.start import describe
 from pipetrgl.launchers.start import train as start_training
 from pipetrgl.studies.report import write_report
@@ -34,11 +35,12 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. tra
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train a network in stages, each on its own worker."""
-    end_on_signals()
+    stop = threading.Event()
+    stop_on_signals(stop)
     console = Console()
     settings = load(config, overrides or [])
     with Progress(console) as progress:
-        result = start_training(settings, progress.open)
+        result = start_training(settings, progress.open, stop)
     if result is None:
         return
     print_result(console, result)

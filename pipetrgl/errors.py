@@ -38,6 +38,10 @@ class LinkError(PipetrglError):
     exit_code = 3
 
 
+class ReplayGapError(LinkError):
+    """A replaced stage needs what the stage before no longer keeps: only the whole run can start again."""
+
+
 class DivergedError(PipetrglError):
     """A loss or an activation is NaN or infinite."""
 
@@ -50,6 +54,10 @@ class Interrupted(PipetrglError):
     exit_code = 130
 
 
+class StoppedError(Interrupted):
+    """The run was asked to end early; it ended well, with a checkpoint, and can go on."""
+
+
 BY_NAME: dict[str, type[PipetrglError]] = {
     error.__name__: error
     for error in (
@@ -59,6 +67,7 @@ BY_NAME: dict[str, type[PipetrglError]] = {
         ModelError,
         LaunchError,
         LinkError,
+        ReplayGapError,
         DivergedError,
         Interrupted,
     )

@@ -12,10 +12,12 @@ from typing import IO, Any, final
 from pipetrgl.blueprint import Blueprint
 from pipetrgl.engine.checkpoint import drop_after, prune, step_folder, write_atomically, write_manifest
 from pipetrgl.engine.metrics import Row
+from pipetrgl.errors import StoppedError
 
 logger = logging.getLogger(__name__)
 
-_KEPT = {"train", "valid", "test", "log"}
+_BY_STEP = {"train", "valid", "test"}
+_KEPT = {*_BY_STEP, "log"}
 
 
 @final
@@ -36,20 +38,36 @@ class Recorder:
         self._stages: list[dict[str, Row]] = [{} for _ in range(blueprint.num_stages)]
         self._events: list[dict[str, Any]] = []
         self._files: dict[int, dict[str, str]] = {}  # step -> file -> SHA-256
+        self._recoveries: list[Row] = []
         self._start = time.perf_counter()
         self._first_step = 0
 
     def __call__(self, row: Row) -> None:
         kind = row["kind"]
+        if kind in _BY_STEP:
+            latest = self._stages[row["stage"]].get(kind)
+            if latest is not None and row["step"] <= latest["step"]:
+                return  # a stage that was replaced reports again what its predecessor had reported
         if kind in _KEPT:
             self._metrics.write(json.dumps(row) + "\n")
         if kind == "trace":
             self._events.extend(row["events"])
         elif kind == "checkpoint":
             self._note_file(row)
+        elif kind == "recovery":
+            self._note_recovery(row)
         else:
             self._stages[row["stage"]][kind] = row
         self._display(row)
+
+    def require_complete(self) -> None:
+        """Raises:
+        StoppedError: the stream ended before its last step; every stage has saved.
+        """
+        total = self._blueprint.itinerary.total_steps
+        last = min(rows["last"]["step"] for rows in self._stages)
+        if last < total:
+            raise StoppedError(f"stopped after step {last} of {total}; go on with checkpoint.resume=auto")
 
     def finish(self, status: str, launcher: str, environment: dict[str, Any], error: str | None = None) -> Row:
         """Write `trace.json` and `result.json`; returns the result.
@@ -82,6 +100,16 @@ class Recorder:
         for row in map(json.loads, kept):
             self._stages[row["stage"]][row["kind"]] = row
         self._first_step = step
+
+    def _note_recovery(self, row: Row) -> None:
+        """Of each stage that was replaced alone: when it was linked again, then when it had caught up."""
+        seconds = {f"{row['what'].replace(' ', '_')}_s": row["seconds"]}
+        if row["what"] == "linked":
+            about = {name: row[name] for name in ("stage", "step", "from_step", "error")}
+            self._recoveries.append({**about, **seconds, "caught_up_s": None})
+        else:
+            newest = next(one for one in reversed(self._recoveries) if one["stage"] == row["stage"])
+            newest.update(seconds)
 
     def _note_file(self, row: Row) -> None:
         """The manifest makes a checkpoint complete once every stage has written its file."""
@@ -118,6 +146,7 @@ class Recorder:
                 "stages": [stage["num_parameters"] for stage in stages],
                 "heads": [stage["head_parameters"] for stage in stages],
             },
+            "recoveries": self._recoveries,
             "wall_s": time.perf_counter() - self._start,
             "train_s": max(times, default=None),
             "images_per_s": min(rates, default=None),

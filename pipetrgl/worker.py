@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from pipetrgl.data import catalogue
 from pipetrgl.data.dataset import Dataset
 from pipetrgl.data.loader import Loader
 from pipetrgl.engine import loop
-from pipetrgl.engine.checkpoint import Checkpoint, SaveCheckpoints
+from pipetrgl.engine.checkpoint import Checkpoint, SaveCheckpoints, SaveSchedule
 from pipetrgl.engine.evaluate import Evaluation
 from pipetrgl.engine.guard import StabilityGuard
 from pipetrgl.engine.listen import Listen
@@ -45,12 +46,14 @@ class Job:
         run: the run folder.
         environ: read for $PIPETRGL_DATA only.
         checkpoint: to go on from; None for a fresh start.
+        stop: set when the run shall end at the next step, with a checkpoint.
     """
 
     blueprint: Blueprint
     run: Path
     environ: dict[str, str]
     checkpoint: Checkpoint | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
 
     @property
     def first_step(self) -> int:
@@ -92,6 +95,7 @@ def run_worker(job: Job, place: Place, links: Links, sink: Sink, device: torch.d
     inbox = build_loader(job) if place.stage == 0 else _lengthened(links.inbox(place.stage), job, place.stage, alarm)
     try:
         outbox = NullOutbox() if last else links.outbox(place.stage)
+        sink({"kind": "linked", "stage": place.stage})
         trace = blueprint.config.trace
         spans = Trace(trace.first_step, trace.num_steps, place.rank, f"stage {place.stage}", links.clock_offset_s)
         hooks = [*build_hooks(job, stage, inbox, outbox, sink), TraceHook(spans, place.stage, sink), Listen(alarm)]
@@ -145,7 +149,7 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device) -> Stage
 def build_loader(job: Job) -> Loader:
     """Stage 0's inbox."""
     config = job.blueprint.config
-    return Loader(job.dataset(), job.blueprint.itinerary, config.data, config.seed, job.first_step)
+    return Loader(job.dataset(), job.blueprint.itinerary, config.data, config.seed, job.first_step, job.stop)
 
 
 def _lengthened(inbox: Inbox, job: Job, stage: int, alarm: Alarm) -> Inbox:
@@ -164,7 +168,8 @@ def build_hooks(job: Job, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink
     metrics = TrainMetrics(stage, inbox, outbox, sink, config.metrics.every)
     if job.checkpoint is not None:
         job.checkpoint.load_into(stage, metrics)
-    saves = SaveCheckpoints(stage, metrics, job.run, sink, config.checkpoint.every, config.run.save_final)
+    schedule = SaveSchedule(config.checkpoint.every, config.run.save_final, job.blueprint.itinerary.total_steps)
+    saves = SaveCheckpoints(stage, metrics, outbox, job.run, sink, schedule)
     return [
         *([StabilityGuard(stage, optim.peak_rate(config.optim), momentum)] if config.optim.name == "sgd" else []),
         metrics,

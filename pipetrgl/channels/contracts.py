@@ -8,6 +8,7 @@ never alter the sender's tensor. Waits end with an error when the alarm rings or
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Protocol, final
 
@@ -41,6 +42,10 @@ class Outbox(Protocol):
     def sent_bytes(self) -> int:
         """Payload bytes handed over, headers not counted."""
 
+    @property
+    def received_index(self) -> int:
+        """The newest micro-batch that the receiver is known to hold, and with it all before; it may hold more."""
+
     def send(self, micro_batch: MicroBatch) -> None:
         """Hand over; blocks only while the receiver is `capacity` behind. The activation must not be changed after."""
 
@@ -61,6 +66,7 @@ class NullOutbox:
 
     waited_s = 0.0
     sent_bytes = 0
+    received_index = sys.maxsize
 
     def send(self, micro_batch: MicroBatch) -> None:
         pass

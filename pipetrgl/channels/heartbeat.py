@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, final
 
 from pipetrgl.channels.alarm import Alarm
@@ -30,6 +30,9 @@ class Heartbeat:
         interval_s: between two beats.
         timeout_s: silence after which a worker is taken for dead.
         alarm: rung.
+
+    Attributes:
+        looks: called with this thread's own client of the store, several times a second.
     """
 
     def __init__(
@@ -37,12 +40,11 @@ class Heartbeat:
     ) -> None:
         self._board = Board(store, timeout_s)
         self._rank = rank
-        self._watched = watched
+        self._watch = Watch(watched, timeout_s)
         self._interval_s = interval_s
-        self._timeout_s = timeout_s
         self._alarm = alarm
         self._stop = threading.Event()
-        self._seen = {peer: (0, time.monotonic()) for peer in watched}
+        self.looks: list[Callable[[Board], None]] = []
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
@@ -64,32 +66,55 @@ class Heartbeat:
                 failure = self._board.find(FAILURE)
                 if failure is not None:
                     self._alarm.ring(remote_error(failure))
+                for look in tuple(self.looks):
+                    look(self._board)
                 if time.monotonic() >= next_beat:
                     count += 1
                     next_beat = time.monotonic() + self._interval_s
                     self._board.post(_key(self._rank), count)
-                    self._look_at_neighbours()
+                    for error in self._watch.silent(self._board).values():
+                        self._alarm.ring(error)
             self._board.post(_key(self._rank), DONE)
         except StoreLostError as error:
             if not self._stop.is_set():
-                self._alarm.ring(self._with_neighbours(error))
+                self._alarm.ring(self._watch.cut_off(error))
 
-    def _look_at_neighbours(self) -> None:
-        for peer, name in self._watched.items():
-            count = self._board.find(_key(peer)) or 0
-            last, since = self._seen[peer]
+
+@final
+class Watch:
+    """Notices workers whose beats stay away.
+
+    Args:
+        watched: rank -> "stage 1 (rank 1)".
+        timeout_s: silence after which a worker is taken for dead.
+    """
+
+    def __init__(self, watched: Mapping[int, str], timeout_s: float) -> None:
+        self._watched = watched
+        self._timeout_s = timeout_s
+        self._seen = {rank: (0, time.monotonic()) for rank in watched}
+
+    def silent(self, board: Board) -> dict[int, LinkError]:
+        """The workers that are taken for dead, each with the error that says so."""
+        errors = {}
+        for rank, name in self._watched.items():
+            count = board.find(_key(rank)) or 0
+            last, since = self._seen[rank]
             if count != last or count in (0, DONE):  # one that has not started yet has its own deadline at start
-                self._seen[peer] = (count, time.monotonic())
+                self._seen[rank] = (count, time.monotonic())
             elif time.monotonic() - since > self._timeout_s:
-                self._alarm.ring(
-                    LinkError(
-                        f"{name} has given no sign of life for {self._timeout_s:.0f} s; "
-                        "it was stopped, or its machine or network is gone"
-                    )
+                errors[rank] = LinkError(
+                    f"{name} has given no sign of life for {self._timeout_s:.0f} s; "
+                    "it was stopped, or its machine or network is gone"
                 )
+        return errors
 
-    def _with_neighbours(self, error: StoreLostError) -> StoreLostError:
-        """Whoever is cut off cannot know which of its neighbours are: it says of whom it hears no more."""
+    def expect_anew(self, board: Board, rank: int) -> None:
+        """The worker at `rank` is being replaced: its replacement has not started yet."""
+        board.post(_key(rank), 0)
+
+    def cut_off(self, error: StoreLostError) -> StoreLostError:
+        """Whoever is cut off cannot know which workers are: it says of whom it hears no more."""
         names = ", ".join(self._watched.values())
         return StoreLostError(f"{error}; without it nothing is heard of {names}") if names else error
 

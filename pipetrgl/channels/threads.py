@@ -21,6 +21,7 @@ class ThreadOutbox:
         self._box = box
         self._codec = codec
         self.sent_bytes = 0
+        self.received_index = -1
 
     @property
     def waited_s(self) -> float:
@@ -31,6 +32,7 @@ class ThreadOutbox:
         activation = cloned(roundtrip(self._codec, micro_batch.activation))
         self.sent_bytes += sum(tensor.nbytes for tensor in _tensors(activation))
         self._box.put(micro_batch.carrying(activation))
+        self.received_index = micro_batch.index
 
     def close(self) -> None:
         self._box.end()

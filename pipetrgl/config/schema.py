@@ -268,6 +268,9 @@ class ChannelConfig(Section):
     """Seconds between two signs of life of a worker."""
     heartbeat_timeout_s: PositiveFloat = 30.0
     """A worker silent for this long is taken for dead."""
+    log_bytes: NonNegative = 512 * 2**20
+    """What each stage keeps of its last activations, in bytes, so that the next stage can be replaced alone; kept only
+    where launcher.max_failures and launcher.restart allow that, and let go when the next stage has saved."""
     delay_s: Seconds = 0.0
     """For rehearsals: every link is slower by so much, as a long cable is; it still carries as many micro-batches."""
     jitter_s: Seconds = 0.0
@@ -290,7 +293,10 @@ class LauncherConfig(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of the local launcher's store; 0 takes a free one."""
     max_failures: NonNegative = 0
-    """local and threads: so often a run whose worker died is started again, from its newest complete checkpoint."""
+    """So many times in all a stage is replaced, or the whole run started again from its newest complete checkpoint."""
+    restart: Literal["stage", "run"] = "stage"
+    """After a worker died. stage: replace it alone while the others wait, where that is possible (local and ray, CPU),
+    else start the run again; run: always start the whole run again."""
 
 
 class MetricsConfig(Section):

@@ -77,7 +77,7 @@ class Itinerary:
         The tail starts with the evaluation that follows step `first_step` - 1, if one does: a checkpoint of that step
         was taken before it.
         """
-        index = self._num_stops_before(first_step) - self._num_evaluation_stops(first_step)
+        index = self.first_index(first_step)
         yield from self._evaluations(first_step, index)
         index += self._num_evaluation_stops(first_step)
         for step in range(first_step, self.total_steps):
@@ -85,6 +85,10 @@ class Itinerary:
             index += self._num_parts(step)
             yield from self._evaluations(step + 1, index)
             index += self._num_evaluation_stops(step + 1)
+
+    def first_index(self, first_step: int) -> int:
+        """Index of the first micro-batch of `stops(first_step)`."""
+        return self._num_stops_before(first_step) - self._num_evaluation_stops(first_step)
 
     def _step(self, step: int, index: int) -> Iterator[Stop]:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)

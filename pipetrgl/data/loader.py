@@ -52,14 +52,25 @@ class Loader:
     The thread starts at the first micro-batch and works with numpy only. It ends with the itinerary or at close(); an
     error in it is raised where the micro-batch would have come.
 
+    Args:
+        ends: where it is set, the stream ends before its time, after a whole optimizer step.
+
     Attributes:
         waited_s: time in which the stage waited for a micro-batch.
     """
 
     def __init__(
-        self, dataset: Dataset, itinerary: Itinerary, config: DataConfig, seed: int, first_step: int = 0
+        self,
+        dataset: Dataset,
+        itinerary: Itinerary,
+        config: DataConfig,
+        seed: int,
+        first_step: int = 0,
+        ends: threading.Event | None = None,
     ) -> None:
         self.waited_s = 0.0
+        self._ends = ends or threading.Event()
+        self._between_steps = True
         self._dataset = dataset
         self._config = config
         self._seed = seed
@@ -74,6 +85,8 @@ class Loader:
         return self
 
     def __next__(self) -> MicroBatch:
+        if self._ends.is_set() and self._between_steps:
+            self.close()
         if self._closed.is_set():
             raise StopIteration
         if not self._started:
@@ -87,6 +100,7 @@ class Loader:
             if item.failure is not None:
                 raise item.failure
             raise StopIteration
+        self._between_steps = item.stop.closes_step or item.stop.split is not Split.TRAIN
         return _micro_batch(item)
 
     def close(self) -> None:

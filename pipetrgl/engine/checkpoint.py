@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import threading
+from collections import deque
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from pipetrgl.channels.contracts import Outbox
 from pipetrgl.engine.metrics import Sink, TrainMetrics
 from pipetrgl.errors import ConfigError
 from pipetrgl.microbatch import MicroBatch, Split
@@ -36,6 +38,30 @@ MANIFEST = "manifest.json"
 
 
 @final
+@dataclass(frozen=True)
+class SaveSchedule:
+    """When a stage saves.
+
+    Attributes:
+        every: optimizer steps between two checkpoints; 0 for none before the end.
+        final: also when the run is done.
+        total_steps: of the run; where its stream ends earlier, a checkpoint is always written.
+    """
+
+    every: int
+    final: bool
+    total_steps: int
+
+    def saves_after(self, step: int) -> bool:
+        """Whether in mid-stream, when `step` optimizer steps are taken."""
+        return self.every > 0 and step % self.every == 0
+
+    def saves_at_end(self, step: int) -> bool:
+        """Whether when the stream has ended with `step` optimizer steps taken."""
+        return self.final or step < self.total_steps
+
+
+@final
 class SaveCheckpoints:
     """Snapshots the stage at once and writes the snapshot in the background; tells the sink which file holds it.
 
@@ -45,42 +71,64 @@ class SaveCheckpoints:
     Args:
         stage: saved with its optimizer.
         metrics: whose sums since the last row are saved as well, so that a resumed run writes the same rows.
+        outbox: of the stage: a checkpoint is durable once the next stage has received all that it covers.
         run: the run folder.
-        sink: takes rows of kind "checkpoint".
-        every: optimizer steps between two checkpoints; 0 for none before the end.
-        final: save when the stream ends.
+        sink: takes rows of kind "checkpoint" (the file is written), "durable" (a replacement of this stage could start
+            from it) and "last" (the stream has ended).
+        schedule: when to save.
     """
 
-    def __init__(self, stage: Stage, metrics: TrainMetrics, run: Path, sink: Sink, every: int, final: bool) -> None:
+    def __init__(
+        self, stage: Stage, metrics: TrainMetrics, outbox: Outbox, run: Path, sink: Sink, schedule: SaveSchedule
+    ) -> None:
         self._stage = stage
         self._metrics = metrics
+        self._outbox = outbox
         self._run = run
         self._sink = sink
-        self._every = every
-        self._final = final
+        self._schedule = schedule
+        self._step = stage.num_updates
         self._saved: int | None = None
+        self._index = -1  # of the micro-batch that closed `_step`
+        self._written: deque[tuple[int, int]] = (
+            deque()
+        )  # step and index of each file that is not known to be durable yet
         self._writer: threading.Thread | None = None
 
     def __call__(self, micro_batch: MicroBatch, output: StageOutput) -> None:
-        closes = micro_batch.split is Split.TRAIN and micro_batch.closes_step
-        if closes and self._every and self._stage.num_updates % self._every == 0:
-            self._save()
+        if micro_batch.split is Split.TRAIN and micro_batch.closes_step:
+            self._step, self._index = micro_batch.step + 1, micro_batch.index
+            if self._schedule.saves_after(self._step):
+                self._save()
+        self._announce()
 
     def close(self) -> None:
-        step = self._stage.num_updates
-        complete = (step_folder(self._run, step) / MANIFEST).exists()  # a run that went on from its own last step
-        if self._final and self._saved != step and not complete:
+        complete = (step_folder(self._run, self._step) / MANIFEST).exists()  # of a run that went on from its last step
+        if self._schedule.saves_at_end(self._step) and self._saved != self._step and not complete:
             self._save()
         if self._writer is not None:
             self._writer.join()
+        self._announce()
+        self._sink({"kind": "last", "stage": self._stage.index, "step": self._step})
+
+    def _announce(self) -> None:
+        durable = None
+        while self._written and self._written[0][1] <= self._outbox.received_index:
+            durable = self._written.popleft()
+        if durable is not None:
+            step, index = durable
+            self._sink({"kind": "durable", "stage": self._stage.index, "step": step, "next_index": index + 1})
 
     def _save(self) -> None:
         if self._writer is not None:
             self._writer.join()  # at most one snapshot is in memory: a slow disk slows the stage, not its memory
-        step = self._saved = self._stage.num_updates
+            self._announce()
+        step = self._saved = self._step
         # Cloned, also on the CPU: the next step changes the weights in place while the file is being written.
         state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self._state().items()}
-        self._writer = threading.Thread(target=self._write, args=(step, state), name="checkpoint", daemon=True)
+        self._writer = threading.Thread(
+            target=self._write, args=(step, self._index, state), name="checkpoint", daemon=True
+        )
         self._writer.start()
 
     def _state(self) -> dict[str, Tensor]:
@@ -91,7 +139,7 @@ class SaveCheckpoints:
             **{f"metrics.{self._stage.span}.{name}": tensor for name, tensor in metrics.items()},
         }
 
-    def _write(self, step: int, state: dict[str, Tensor]) -> None:
+    def _write(self, step: int, index: int, state: dict[str, Tensor]) -> None:
         name = f"stage-{self._stage.index}.safetensors"
         if not all(bool(tensor.isfinite().all()) for tensor in state.values() if tensor.is_floating_point()):
             logger.warning(
@@ -109,6 +157,7 @@ class SaveCheckpoints:
             return
         row = {"kind": "checkpoint", "stage": self._stage.index, "step": step, "file": name, "sha256": digest}
         self._sink(row)
+        self._written.append((step, index))
 
 
 @final
@@ -140,9 +189,17 @@ class Checkpoint:
             raise ConfigError(f"checkpoint {folder}: no readable {MANIFEST}; it is not complete ({error})") from error
         if manifest.get("format") != _FORMAT:
             raise ConfigError(f"checkpoint {folder}: format {manifest.get('format')}, expected {_FORMAT}")
-        for name, digest in files.items():
-            _verify(folder, name, digest)
-        return Checkpoint(folder, step, files)
+        return Checkpoint(folder, step, files).verified()
+
+    def verified(self) -> Checkpoint:
+        """This checkpoint, after its files were compared with their SHA-256.
+
+        Raises:
+            ConfigError: a file is missing or damaged.
+        """
+        for name, digest in self.files.items():
+            _verify(self.folder, name, digest)
+        return self
 
     def require_fit(self, run: Path, total_steps: int) -> None:
         """Compare with the length of the run that goes on from it.

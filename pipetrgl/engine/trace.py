@@ -141,6 +141,10 @@ class TracedOutbox:
     def sent_bytes(self) -> int:
         return self._outbox.sent_bytes
 
+    @property
+    def received_index(self) -> int:
+        return self._outbox.received_index
+
     def send(self, micro_batch: MicroBatch) -> None:
         self._trace.call("send", "send", micro_batch, lambda: self._outbox.send(micro_batch))
 

@@ -10,12 +10,13 @@ import torch
 from pipetrgl.channels.codecs import CODECS, roundtrip
 from pipetrgl.channels.contracts import NullOutbox
 from pipetrgl.engine.metrics import Sink
+from pipetrgl.launchers.supervise import Budget
 from pipetrgl.memory import peak_rss_bytes
 from pipetrgl.microbatch import Split
 from pipetrgl.worker import Job, build_hooks, build_loader, build_stage, configure_torch
 
 
-def launch(job: Job, sink: Sink) -> None:
+def launch(job: Job, sink: Sink, budget: Budget) -> None:
     """Train all stages here, one after another on every micro-batch."""
     blueprint = job.blueprint
     configure_torch(blueprint.config.train)

@@ -6,14 +6,15 @@ import dataclasses
 import datetime
 import glob
 import importlib.metadata
-import itertools
 import json
+import logging
 import os
 import platform
 import re
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,17 @@ from pipetrgl.data import catalogue
 from pipetrgl.data.dataset import DataSpec
 from pipetrgl.engine.checkpoint import Checkpoint, newest_complete, write_atomically
 from pipetrgl.engine.metrics import Row, Sink
-from pipetrgl.errors import ConfigError, Interrupted, LaunchError, LinkError, PipetrglError
+from pipetrgl.errors import ConfigError, Interrupted, LaunchError, LinkError, PipetrglError, StoppedError
 from pipetrgl.launchers import local, serial, threads, torchrun
+from pipetrgl.launchers.supervise import Budget
 from pipetrgl.recorder import Recorder
 from pipetrgl.worker import Job
 
+logger = logging.getLogger(__name__)
+
 Display = Callable[[Row], None]
 _ORIGIN = "resumed-from.json"
-_IN_THIS_PROCESS: dict[str, Callable[[Job, Sink], None]] = {
+_IN_THIS_PROCESS: dict[str, Callable[[Job, Sink, Budget], None]] = {
     "serial": serial.launch,
     "threads": threads.launch,
     "local": local.launch,
@@ -50,31 +54,37 @@ def describe(config: Config) -> DataSpec:
     return catalogue.load(config.data, config.seed, dict(os.environ)).spec
 
 
-def train(config: Config, open_display: Callable[[Blueprint, Path], Display]) -> Row | None:
+def train(
+    config: Config, open_display: Callable[[Blueprint, Path], Display], stop: threading.Event | None = None
+) -> Row | None:
     """Run a training from beginning to end.
 
     Args:
         config: validated.
         open_display: given blueprint and run folder, returns what sees every row; called in the leading process only.
+        stop: once set, the run ends at the next optimizer step with a checkpoint.
     Returns:
         The result, as in result.json, or None on a rank that does not lead.
     Raises:
         PipetrglError: the run's first error; the run folder has been brought in order.
     """
     _require_device(config)
+    stop = stop or threading.Event()
     if torchrun.is_torchrun() and config.launcher.name in ("local", "torchrun"):
-        return _train_rank(config, open_display)
+        return _train_rank(config, open_display, stop)
     if config.launcher.name == "torchrun":
         torchrun.join(config.channel.start_timeout_s)  # explains how to start it
     blueprint = draw_up(config, describe(config))
     run, checkpoint = choose_start(config, config.checkpoint.resume)
-    job = _job(blueprint, run, checkpoint)
+    job = _job(blueprint, run, checkpoint, stop)
     recorder = Recorder(run, blueprint, open_display(blueprint, run))
     recorder.rewind(job.first_step)
     return _lead(recorder, config.launcher.name, lambda: _launch_again(job, recorder))
 
 
-def _train_rank(config: Config, open_display: Callable[[Blueprint, Path], Display]) -> Row | None:
+def _train_rank(
+    config: Config, open_display: Callable[[Blueprint, Path], Display], stop: threading.Event
+) -> Row | None:
     timeout_s = config.channel.start_timeout_s
     me = torchrun.join(timeout_s)
     spec = torchrun.shared_spec(me, lambda: describe(config), timeout_s)
@@ -82,30 +92,36 @@ def _train_rank(config: Config, open_display: Callable[[Blueprint, Path], Displa
     blueprint.world.require_size(me.world_size)
     resume = "auto" if me.attempt > 1 else config.checkpoint.resume
     run, checkpoint = torchrun.shared_start(me, lambda: choose_start(config, resume), timeout_s)
-    job = _job(blueprint, run, checkpoint)
+    job = _job(blueprint, run, checkpoint, stop)
     if not me.leads:
         torchrun.launch(job, me, _discard)
         return None
     recorder = Recorder(run, blueprint, open_display(blueprint, run))
     recorder.rewind(job.first_step)
-    return _lead(recorder, "torchrun", lambda: torchrun.launch(job, me, recorder))
+    try:
+        return _lead(recorder, "torchrun", lambda: torchrun.launch(job, me, recorder))
+    except StoppedError as error:
+        # exit code 0, as on the other ranks: any other would make the agent start the world again
+        logger.warning("%s", error)
+        return None
 
 
-def _job(blueprint: Blueprint, run: Path, checkpoint: Checkpoint | None) -> Job:
+def _job(blueprint: Blueprint, run: Path, checkpoint: Checkpoint | None, stop: threading.Event) -> Job:
     if checkpoint is not None:
         checkpoint.require_fit(run, blueprint.itinerary.total_steps)
-    return Job(blueprint, run, dict(os.environ), checkpoint)
+    return Job(blueprint, run, dict(os.environ), checkpoint, stop)
 
 
 def _launch_again(job: Job, recorder: Recorder) -> None:
     """Launch; after a worker died, up to `launcher.max_failures` times again from the newest complete checkpoint."""
     config = job.blueprint.config
-    for failures in itertools.count(1):
+    budget = Budget(config.launcher.max_failures)
+    while True:
         try:
-            _IN_THIS_PROCESS[config.launcher.name](job, recorder)
+            _IN_THIS_PROCESS[config.launcher.name](job, recorder, budget)
             return
         except (LaunchError, LinkError) as error:
-            if failures > config.launcher.max_failures:
+            if not budget.spend():
                 raise
             job = dataclasses.replace(job, checkpoint=newest_complete(job.run) or _origin(job.run))
             recorder.rewind(job.first_step)
@@ -114,12 +130,19 @@ def _launch_again(job: Job, recorder: Recorder) -> None:
 
 
 def _lead(recorder: Recorder, launcher: str, launch: Callable[[], None]) -> Row:
-    """Launch, and leave a result whatever happens."""
+    """Launch, and leave a result whatever happens.
+
+    Raises:
+        StoppedError: the run was asked to end before its time, and did so well.
+    """
     try:
         launch()
+        recorder.require_complete()
     except (KeyboardInterrupt, Interrupted) as error:
-        recorder.finish("interrupted", launcher, environment(), str(error) or "interrupted")
-        raise Interrupted(str(error) or "interrupted") from error
+        if not isinstance(error, Interrupted):
+            error = Interrupted("interrupted")
+        recorder.finish("interrupted", launcher, environment(), str(error))
+        raise error from None
     except PipetrglError as error:
         recorder.finish("failed", launcher, environment(), str(error))
         raise

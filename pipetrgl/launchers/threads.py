@@ -12,6 +12,7 @@ from pipetrgl.channels.contracts import Inbox, Outbox
 from pipetrgl.channels.threads import thread_link
 from pipetrgl.engine.metrics import Sink
 from pipetrgl.errors import Interrupted
+from pipetrgl.launchers.supervise import Budget
 from pipetrgl.worker import Job, run_worker
 
 
@@ -41,7 +42,7 @@ class ThreadLinks:
         return self._links[stage][0]
 
 
-def launch(job: Job, sink: Sink) -> None:
+def launch(job: Job, sink: Sink, budget: Budget) -> None:
     """Train; raises the first error of any stage, after all threads have ended."""
     alarm = Alarm()
     links = ThreadLinks(job, alarm)

@@ -14,19 +14,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast, final
 
-import torch
-
 from pipetrgl.blueprint import Blueprint
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.board import Board
 from pipetrgl.channels.c10d import PrefixStore, Store, rendezvous
 from pipetrgl.channels.connect import address_towards
-from pipetrgl.channels.heartbeat import Heartbeat
+from pipetrgl.channels.heartbeat import FAILURE, Watch, remote_error
 from pipetrgl.data.dataset import DataSpec
 from pipetrgl.engine.checkpoint import Checkpoint
 from pipetrgl.engine.metrics import Sink
 from pipetrgl.errors import LaunchError, LinkError
-from pipetrgl.launchers.process import Collector, Membership, end_on_signals, name_of, run_process
+from pipetrgl.launchers.process import Collector, Membership, device_of, name_of, run_process
 from pipetrgl.logs import log_to_stderr
 from pipetrgl.worker import Job
 
@@ -126,19 +124,19 @@ def launch(job: Job, me: Rank, sink: Sink) -> None:
     Raises:
         PipetrglError: the first error of any rank.
     """
-    end_on_signals()
     blueprint = job.blueprint
     blueprint.world.require_size(me.world_size)
     place = blueprint.world.place(me.rank)
     log_to_stderr()
-    member = Membership(me.store, place, _device(blueprint), own_address(me.world_size))
+    device = device_of(blueprint, int(os.environ.get("LOCAL_RANK", "0")))
+    member = Membership(me.store, place, device, own_address(me.world_size))
     if not me.leads:
         run_process(job, member)
         return
     silence_s = blueprint.config.channel.heartbeat_timeout_s
-    collector = Collector(Board(me.store.clone(), silence_s), me.world_size, sink)
+    collector = Collector(Board(me.store.clone(), silence_s), me.world_size)
     stop = threading.Event()
-    thread = threading.Thread(target=_collect, args=(collector, stop), name="collector", daemon=True)
+    thread = threading.Thread(target=_collect, args=(collector, sink, stop), name="collector", daemon=True)
     thread.start()
     try:
         run_process(job, member)
@@ -166,10 +164,14 @@ def own_address(world_size: int) -> str:
     return address
 
 
-def _collect(collector: Collector, stop: threading.Event) -> None:
+def _collect(collector: Collector, sink: Sink, stop: threading.Event) -> None:
+    def hand_on() -> None:
+        for _, row in collector.poll():
+            sink(row)
+
     while not collector.complete and not stop.wait(_POLL_S):
-        collector.poll()
-    collector.poll()
+        hand_on()
+    hand_on()
 
 
 def _wait_for_the_others(blueprint: Blueprint, collector: Collector, thread: threading.Thread, me: Rank) -> None:
@@ -178,27 +180,21 @@ def _wait_for_the_others(blueprint: Blueprint, collector: Collector, thread: thr
     The others end within the time that the last micro-batches take to pass. Rank 0 watches them all: it may be the only
     one left on its machine, and then no neighbour would miss those on a machine that is lost now.
     """
-    channel, alarm = blueprint.config.channel, Alarm()
+    channel = blueprint.config.channel
+    board = Board(me.store, channel.heartbeat_timeout_s)
     names = {rank: name_of(blueprint.world.place(rank)) for rank in range(1, me.world_size)}
-    watch = Heartbeat(me.store.clone(), -1, names, channel.heartbeat_s, channel.heartbeat_timeout_s, alarm)
-    watch.start()
+    watch = Watch(names, channel.heartbeat_timeout_s)
     deadline = time.monotonic() + channel.wait_timeout_s
     while thread.is_alive():
         thread.join(_POLL_S)
-        alarm.check()
+        if (failure := board.find(FAILURE)) is not None:
+            raise remote_error(failure)
+        for error in watch.silent(board).values():
+            raise error
         if time.monotonic() > deadline:
             raise LinkError(f"waited {channel.wait_timeout_s:.0f} s for the last rows of the other ranks")
-    watch.stop()
     if not collector.complete:
         raise LaunchError("the rows of the other ranks could not be collected; see the traceback above")
-
-
-def _device(blueprint: Blueprint) -> torch.device:
-    if blueprint.config.pipeline.device == "cpu":
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
 
 
 def shared_spec(me: Rank, describe: Callable[[], DataSpec], timeout_s: float) -> DataSpec:

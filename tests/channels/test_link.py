@@ -13,8 +13,11 @@ from pipetrgl.channels import wire
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.c10d import gloo_pair
 from pipetrgl.channels.codecs import CODECS
-from pipetrgl.channels.link import LinkInbox, LinkOutbox, LinkTerms
+from pipetrgl.channels.inbox import LinkInbox
+from pipetrgl.channels.link import Connection, Irreplaceable, LinkTerms
+from pipetrgl.channels.outbox import LinkOutbox
 from pipetrgl.channels.payload import GlooLine
+from pipetrgl.channels.replay import ReplayLog
 from pipetrgl.errors import LinkError
 from pipetrgl.microbatch import MicroBatch, Split
 
@@ -39,12 +42,14 @@ def groups() -> list[ProcessGroup]:
     return [built[0], built[1]]
 
 
-def link(capacity: int = 2, expected: tuple[wire.TensorSpec, ...] = ()) -> tuple[LinkOutbox, LinkInbox, Alarm]:
-    sender, receiver = groups()
+def link(
+    capacity: int = 2, expected: tuple[wire.TensorSpec, ...] = (), next_index: int = 0
+) -> tuple[LinkOutbox, LinkInbox, Alarm]:
+    sender, receiver = (Connection(group, GlooLine(group, 1 - side), next_index) for side, group in enumerate(groups()))
     alarm = Alarm()
     terms = LinkTerms(7, capacity, CODECS["fp32"], 32, 20.0, "stage 0 (rank 0)", "stage 1 (rank 1)")
-    inbox = LinkInbox(receiver, GlooLine(receiver, 0), terms, alarm, expected, torch.device("cpu"))
-    return LinkOutbox(sender, GlooLine(sender, 1), terms, alarm), inbox, alarm
+    inbox = LinkInbox(receiver, terms, alarm, Irreplaceable(), expected, torch.device("cpu"))
+    return LinkOutbox(sender, terms, alarm, Irreplaceable(), ReplayLog(0)), inbox, alarm
 
 
 def test_slots_take_capacity_activations_and_no_more() -> None:
@@ -77,7 +82,7 @@ def test_a_change_in_place_while_sending_is_detected() -> None:
 
 
 def test_an_activation_of_another_shape_is_refused_before_it_is_received() -> None:
-    outbox, inbox, _ = link(expected=(wire.TensorSpec((64, 8, 8), torch.float32),))
+    outbox, inbox, _ = link(expected=(wire.TensorSpec((64, 8, 8), torch.float32),), next_index=1200)
     outbox.send(micro_batch(1200, torch.zeros(4, 32, 16, 16)))
     with pytest.raises(
         LinkError,
@@ -88,10 +93,10 @@ def test_an_activation_of_another_shape_is_refused_before_it_is_received() -> No
 
 
 def test_a_micro_batch_out_of_order_is_refused() -> None:
-    outbox, inbox, _ = link()
+    outbox, inbox, _ = link(next_index=3)
     outbox.send(micro_batch(3, torch.zeros(1, 1)))
     outbox.send(micro_batch(5, torch.zeros(1, 1)))
-    with pytest.raises(LinkError, match="got micro-batch 5 after 3"):
+    with pytest.raises(LinkError, match=r"got micro-batch 5 from stage 0 \(rank 0\), expected 4"):
         list(inbox)
 
 

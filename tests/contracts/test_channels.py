@@ -16,8 +16,11 @@ from pipetrgl.channels.c10d import gloo_pair
 from pipetrgl.channels.codecs import CODECS, Codec, roundtrip
 from pipetrgl.channels.contracts import Inbox, Outbox
 from pipetrgl.channels.delayed import DelayedInbox
-from pipetrgl.channels.link import LinkInbox, LinkOutbox, LinkTerms
+from pipetrgl.channels.inbox import LinkInbox
+from pipetrgl.channels.link import Connection, Irreplaceable, LinkTerms
+from pipetrgl.channels.outbox import LinkOutbox
 from pipetrgl.channels.payload import GlooLine
+from pipetrgl.channels.replay import ReplayLog
 from pipetrgl.channels.threads import thread_link
 from pipetrgl.channels.wire import label_words
 from pipetrgl.errors import LinkError
@@ -58,8 +61,10 @@ def open_gloo(capacity: int = 2, codec: Codec = CODECS["fp32"], timeout_s: float
         thread.join()
     terms = LinkTerms(7, capacity, codec, label_words(64), timeout_s, "stage 0 (rank 0)", "stage 1 (rank 1)")
     return Channel(
-        LinkOutbox(groups[0], GlooLine(groups[0], 1), terms, alarm),
-        LinkInbox(groups[1], GlooLine(groups[1], 0), terms, alarm, [], torch.device("cpu")),
+        LinkOutbox(Connection(groups[0], GlooLine(groups[0], 1), 0), terms, alarm, Irreplaceable(), ReplayLog(0)),
+        LinkInbox(
+            Connection(groups[1], GlooLine(groups[1], 0), 0), terms, alarm, Irreplaceable(), [], torch.device("cpu")
+        ),
         alarm,
     )
 

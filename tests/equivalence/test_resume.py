@@ -28,6 +28,7 @@ from pipetrgl.worker import build_stage
 from tests.equivalence.runs import MODELS, assert_equal_runs, run, tiny
 
 LONG: dict[str, Any] = {"pipeline": {"stages": 3}, "train": {"max_steps": 300, "epochs": 30}}
+AT_THE_END = checkpoint.SaveSchedule(every=0, final=True, total_steps=0)
 ADAM = {"name": "adamw", "lr": 0.01}
 
 
@@ -320,8 +321,8 @@ def test_weights_that_are_not_finite_make_no_checkpoint(tmp_path: Path) -> None:
     next(iter(stage.state().values())).fill_(float("nan"))
     rows: list[dict[str, Any]] = []
     metrics = TrainMetrics(stage, _NoInbox(), NullOutbox(), rows.append, 5)
-    checkpoint.SaveCheckpoints(stage, metrics, tmp_path, rows.append, every=0, final=True).close()
-    assert rows == []
+    checkpoint.SaveCheckpoints(stage, metrics, NullOutbox(), tmp_path, rows.append, AT_THE_END).close()
+    assert rows == [{"kind": "last", "stage": 0, "step": 0}]  # the stream's end, and no file
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -353,7 +354,7 @@ def test_a_change_right_after_the_save_does_not_reach_the_file(tmp_path: Path, m
     stage = build_stage(draw_up(config, describe(config)), 0, torch.device("cpu"))
     rows: list[dict[str, Any]] = []
     metrics = TrainMetrics(stage, _NoInbox(), NullOutbox(), rows.append, 5)
-    saver = checkpoint.SaveCheckpoints(stage, metrics, tmp_path, rows.append, every=0, final=True)
+    saver = checkpoint.SaveCheckpoints(stage, metrics, NullOutbox(), tmp_path, rows.append, AT_THE_END)
     before = {name: tensor.clone() for name, tensor in stage.state().items()}
     closing = threading.Thread(target=saver.close)
     closing.start()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
 import socket
@@ -11,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,110 +17,49 @@ from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.board import Board, StoreLostError
 from pipetrgl.channels.c10d import TCPStore
 from pipetrgl.channels.heartbeat import Heartbeat
-from pipetrgl.config.load import dump
 from pipetrgl.errors import DivergedError, LaunchError, LinkError
 from pipetrgl.launchers.torchrun import own_address
 from pipetrgl.microbatch import MicroBatch
 from pipetrgl.stage import Stage, StageOutput
 from tests.equivalence.runs import run, tiny
-
-
-class Pipeline:
-    """`pipetrgl train` as a user runs it, in a process of its own."""
-
-    def __init__(self, folder: Path, *overrides: str) -> None:
-        # long enough to be still running when the test strikes
-        config = tiny("mlp", folder / "runs", pipeline={"stages": 3}, train={"max_steps": 100_000, "epochs": 10_000})
-        (folder / "config.yaml").write_text(dump(config))
-        command = [sys.executable, "-m", "pipetrgl", "train", "config.yaml", *overrides]
-        self.folder = folder
-        self.process = subprocess.Popen(
-            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-
-    @property
-    def run(self) -> Path:
-        (run,) = (self.folder / "runs").iterdir()
-        return run
-
-    def workers(self) -> list[int]:
-        """Process ids of the stages, in order."""
-        found = subprocess.run(
-            ["pgrep", "-f", f"pipetrgl.launchers.local {self.folder}"], capture_output=True, text=True, check=False
-        )
-        return sorted(map(int, found.stdout.split()))
-
-    def wait_until_training(self) -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            files = list(self.folder.glob("runs/*/metrics.jsonl"))
-            if files and '"stage": 2' in files[0].read_text():
-                return
-            assert self.process.poll() is None, self.process.stderr.read() if self.process.stderr else ""
-            time.sleep(0.1)
-        raise AssertionError("did not start to train")
-
-    def finish(self) -> tuple[int, str]:
-        """Exit code and stderr, after all processes have gone."""
-        _, errors = self.process.communicate(timeout=60)
-        assert self.workers() == []
-        return self.process.returncode, errors
-
-
-Start = Callable[..., Pipeline]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts pipelines, and ends whatever a failing test leaves of them."""
-    started: list[Pipeline] = []
-
-    def start_one(*overrides: str) -> Pipeline:
-        started.append(Pipeline(tmp_path, *overrides))
-        return started[-1]
-
-    yield start_one
-    for pipeline in started:
-        for process in [pipeline.process.pid, *pipeline.workers()]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        pipeline.process.communicate()
+from tests.failure.conftest import Start
+from tests.failure.pipelines import ENDLESS
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_killed_worker_ends_the_run_and_is_named(start: Start, stage: int) -> None:
-    pipeline = start()
-    pipeline.wait_until_training()
-    os.kill(pipeline.workers()[stage], signal.SIGKILL)
+    pipeline = start(**ENDLESS)
+    pipeline.wait_for_step(5, stage=2)
+    pipeline.kill(stage)
     code, errors = pipeline.finish()
     assert code == 3
     assert f"stage {stage} (rank {stage}), process" in errors
     assert "was killed by SIGKILL" in errors
     assert "Traceback" not in errors
-    result = json.loads((pipeline.run / "result.json").read_text())
+    result = pipeline.result()
     assert result["status"] == "failed"
     assert f"stage {stage}" in result["error"]
 
 
 def test_a_stopped_worker_is_named_when_its_heartbeat_stays_away(start: Start) -> None:
-    pipeline = start("channel.heartbeat_s=0.2", "channel.heartbeat_timeout_s=2")
-    pipeline.wait_until_training()
-    os.kill(pipeline.workers()[1], signal.SIGSTOP)
+    pipeline = start("channel.heartbeat_s=0.2", "channel.heartbeat_timeout_s=2", **ENDLESS)
+    pipeline.wait_for_step(5, stage=2)
+    pipeline.kill(1, signal.SIGSTOP)
     code, errors = pipeline.finish()
     assert code == 3
     assert "stage 1 (rank 1) has given no sign of life for 2 s" in errors
 
 
 def test_ctrl_c_ends_every_worker_and_leaves_a_usable_run_folder(start: Start) -> None:
-    pipeline = start()
-    pipeline.wait_until_training()
+    pipeline = start(**ENDLESS)
+    pipeline.wait_for_step(5, stage=2)
     struck = time.monotonic()
     os.kill(pipeline.process.pid, signal.SIGINT)
     code, errors = pipeline.finish()
     assert code == 130
     assert errors == "error: interrupted\n"
     assert time.monotonic() - struck < 30  # "within seconds", on a machine that may be busy
-    result = json.loads((pipeline.run / "result.json").read_text())
+    result = pipeline.result()
     assert result["status"] == "interrupted"
     assert result["num_steps"] > 0
     subprocess.run([sys.executable, "-m", "pipetrgl", "report", str(pipeline.run)], check=True, capture_output=True)
@@ -131,19 +67,19 @@ def test_ctrl_c_ends_every_worker_and_leaves_a_usable_run_folder(start: Start) -
 
 
 def test_workers_end_when_their_supervisor_is_killed(start: Start) -> None:
-    pipeline = start()
-    pipeline.wait_until_training()
+    pipeline = start(**ENDLESS)
+    pipeline.wait_for_step(5, stage=2)
     os.kill(pipeline.process.pid, signal.SIGKILL)
     pipeline.process.communicate(timeout=30)
     deadline = time.monotonic() + 30
     while pipeline.workers() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert pipeline.workers() == []
+    assert pipeline.workers() == {}
 
 
 def test_a_worker_that_dies_at_start_is_named_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nif sys.argv[-2:-1] == ['1'] or '1' in sys.orig_argv[-2:-1]: raise SystemExit('broken')\n"
+        "import sys\nif '1' in sys.orig_argv[-3:-2]: raise SystemExit('broken')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))  # the launcher hands its own module path to the workers
     with pytest.raises(

@@ -1,0 +1,111 @@
+"""`pipetrgl train` as a user runs it, in processes of its own, with a hand on every worker."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pipetrgl.config.load import dump
+from tests.equivalence.runs import tiny
+
+# long enough to be still running when a test strikes
+ENDLESS: dict[str, Any] = {"pipeline": {"stages": 3}, "train": {"max_steps": 100_000, "epochs": 10_000}}
+
+
+class Pipeline:
+    """One command of its own in `folder`, whose run folder is the only one in `folder/runs`.
+
+    Args:
+        folder: made if need be; another pipeline in it goes on with its run.
+        overrides: of the command line.
+        command: what comes before `train`.
+        model: of tests/equivalence/runs.py.
+        sections: of the config.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *overrides: str,
+        command: tuple[str, ...] = ("-m", "pipetrgl"),
+        model: str = "mlp",
+        **sections: Any,
+    ) -> None:
+        folder.mkdir(exist_ok=True)
+        self.folder = folder
+        (folder / "config.yaml").write_text(dump(tiny(model, folder / "runs", **sections)))
+        self.process = subprocess.Popen(
+            [sys.executable, *command, "train", "config.yaml", *overrides],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.output = ""
+
+    @property
+    def run(self) -> Path:
+        (run,) = (self.folder / "runs").iterdir()
+        return run
+
+    def workers(self) -> dict[int, int]:
+        """Process id of the worker at each rank; only of this run."""
+        found = subprocess.run(
+            ["pgrep", "-f", f"pipetrgl.launchers.local {self.folder}/"], capture_output=True, text=True, check=False
+        )
+        pids = {}
+        for pid in map(int, found.stdout.split()):
+            with contextlib.suppress(OSError, IndexError):  # it may have gone meanwhile
+                arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                pids[int(arguments[4])] = pid
+        return pids
+
+    def rows(self, kind: str = "train") -> list[dict[str, Any]]:
+        """What the run has written so far, without a last line that is not whole yet."""
+        rows = []
+        for file in self.folder.glob("runs/*/metrics.jsonl"):
+            for line in file.read_text().splitlines():
+                with contextlib.suppress(ValueError):
+                    rows.append(json.loads(line))
+        return [row for row in rows if row["kind"] == kind]
+
+    def wait_for_step(self, step: int, stage: int) -> None:
+        """Until a stage has reported `step`; fails where the run ends before."""
+        self.wait_until(
+            lambda: any(row["step"] >= step for row in self.rows() if row["stage"] == stage), f"step {step}"
+        )
+
+    def wait_until(self, condition: Any, what: str) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert self.process.poll() is None, f"ended before {what}: {self.finish()}"
+            assert time.monotonic() < deadline, f"waited in vain for {what}"
+            time.sleep(0.05)
+
+    def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
+        os.kill(self.workers()[rank], number)
+
+    def finish(self) -> tuple[int, str]:
+        """Exit code and stderr, after all processes have gone."""
+        self.output, errors = self.process.communicate(timeout=180)
+        assert self.workers() == {}
+        return self.process.returncode, errors
+
+    def result(self) -> dict[str, Any]:
+        result: dict[str, Any] = json.loads((self.run / "result.json").read_text())
+        return result
+
+    def clean_up(self) -> None:
+        """End whatever a failing test leaves."""
+        for pid in [self.process.pid, *self.workers().values()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.communicate()

@@ -1,0 +1,71 @@
+"""SIGTERM and SIGUSR1 end a run at a whole step, with a checkpoint; going on equals never having stopped."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.equivalence.runs import assert_equal_runs, run, tiny
+from tests.failure.conftest import Start
+
+THREE: dict[str, Any] = {"pipeline": {"stages": 3}, "train": {"max_steps": 700, "epochs": 70, "accumulate": 2}}
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "pipetrgl")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tiny("mlp", tmp_path_factory.mktemp("undisturbed"), launcher={"name": "serial"}, **THREE))
+
+
+@pytest.mark.parametrize(("launcher", "number"), [("local", signal.SIGTERM), ("serial", signal.SIGUSR1)])
+def test_a_signal_saves_and_ends_the_run_which_can_go_on(
+    start: Start, undisturbed: Path, launcher: str, number: signal.Signals
+) -> None:
+    pipeline = start(f"launcher.name={launcher}", **THREE)
+    pipeline.wait_for_step(50, stage=2)
+    pipeline.process.send_signal(number)
+    code, errors = pipeline.finish()
+    assert code == 130
+    assert errors.startswith("error: stopped after step ")
+    assert errors.endswith(" of 700; go on with checkpoint.resume=auto\n")
+    assert pipeline.result()["status"] == "interrupted"
+    # one complete checkpoint, at the step where all stages ended
+    (folder,) = (pipeline.run / "checkpoints").iterdir()
+    assert (folder / "manifest.json").exists()
+    assert folder.name == f"step-{pipeline.result()['num_steps']}"
+    resumed = start("checkpoint.resume=auto", "launcher.name=local", **THREE)
+    assert resumed.finish() == (0, "")
+    assert_equal_runs(resumed.run, undisturbed)
+
+
+def test_a_signal_to_one_rank_of_torchrun_ends_them_all_well(start: Start, undisturbed: Path) -> None:
+    import subprocess
+
+    pipeline = start(command=TORCHRUN, **THREE)
+    pipeline.wait_for_step(50, stage=2)
+    children = subprocess.run(
+        ["pgrep", "-P", str(pipeline.process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    subprocess.run(["kill", "-USR1", children[1]], check=True)
+    code, errors = pipeline.finish()
+    assert code == 0, errors  # anything else would make torchrun start the ranks again
+    assert "stopped after step" in errors
+    assert pipeline.result()["status"] == "interrupted"
+    resumed = start("checkpoint.resume=auto", "launcher.name=serial", **THREE)
+    assert resumed.finish() == (0, "")
+    assert_equal_runs(resumed.run, undisturbed)
+
+
+def test_a_second_signal_ends_the_run_at_once(start: Start) -> None:
+    pipeline = start("train.max_steps=null", "train.epochs=100000", **THREE)
+    pipeline.wait_for_step(20, stage=2)
+    pipeline.kill(0, signal.SIGSTOP)  # so that it cannot end well
+    pipeline.process.send_signal(signal.SIGTERM)
+    pipeline.wait_until(lambda: True, "nothing")
+    pipeline.process.send_signal(signal.SIGTERM)
+    code, errors = pipeline.finish()
+    assert code == 130
+    assert errors == "error: ended by SIGTERM\n"
