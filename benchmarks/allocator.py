@@ -19,7 +19,8 @@ import torch
 from benchmarks.two_workers import CONFIG, prepared
 from pipetrgl.blueprint import draw_up
 from pipetrgl.config.load import load
-from pipetrgl.launchers.start import describe, environment
+from pipetrgl.launchers.environment import environment
+from pipetrgl.launchers.start import describe
 from pipetrgl.memory import peak_rss_bytes
 from pipetrgl.worker import build_stage, configure_torch
 

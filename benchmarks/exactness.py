@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from pipetrgl.config.load import dump
-from pipetrgl.launchers.start import environment
+from pipetrgl.launchers.environment import environment
 from tests.equivalence.runs import MODELS, assert_equal_runs, metrics, run, tiny, weights
 
 ROOT = Path(__file__).resolve().parents[1]

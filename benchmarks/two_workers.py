@@ -37,11 +37,12 @@ from pipetrgl.channels.contracts import Inbox, NullOutbox, Outbox
 from pipetrgl.config.load import load
 from pipetrgl.engine import loop
 from pipetrgl.engine.phases import Parallel
+from pipetrgl.launchers.environment import environment
 from pipetrgl.launchers.process import Membership, StoreLinks
-from pipetrgl.launchers.start import describe, environment
+from pipetrgl.launchers.start import describe
 from pipetrgl.microbatch import MicroBatch
 from pipetrgl.stage import Stage, StageOutput
-from pipetrgl.worker import Job, build_hooks, build_loader, build_stage, configure_torch
+from pipetrgl.worker import Job, build_hooks, build_loader, build_stage, build_trainee, configure_torch
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 NUM_BATCHES = 14
@@ -149,14 +150,15 @@ class Worker:
     def _train(self, stage: Stage, inbox: Inbox, outbox: Outbox) -> list[float]:
         watch = Stopwatch()
         hooks = [*build_hooks(self.job, stage, inbox, outbox, drop), watch]
-        loop.run(stage, inbox, outbox, Parallel(), hooks)
+        loop.run(build_trainee(self.job, stage), inbox, outbox, Parallel(), hooks)
         return watch.times
 
     def _train_serially(self) -> list[float]:
         inbox, watch = Turn(self.prepared[0]), Stopwatch()
         hooks = [build_hooks(self.job, stage, inbox, NullOutbox(), drop) for stage in self.stages]
+        trainees = [build_trainee(self.job, stage) for stage in self.stages]
         for micro_batch in inbox:
-            for stage, watchers in zip(self.stages, hooks, strict=True):
+            for stage, watchers in zip(trainees, hooks, strict=True):
                 output = stage.forward(micro_batch, True)
                 stage.backward(output, micro_batch)
                 stage.update()

@@ -55,7 +55,7 @@ class Blueprint:
 
     @cached_property
     def itinerary(self) -> Itinerary:
-        return Itinerary(self.config.train, self.config.evaluate, self.spec)
+        return Itinerary(self.config.train, self.config.evaluate, self.spec, self.num_stages)
 
     @cached_property
     def taus(self) -> tuple[float, ...]:
@@ -83,6 +83,16 @@ class Blueprint:
         with torch.device("meta"):
             head = sum(parameter.numel() for parameter in self.head(stage).parameters())
         return sum(self.num_parameters[index] for index in self.ranges[stage]), head
+
+    def updates(self, num_taken: int) -> dict[str, int]:
+        """Each stage's own number of updates after the run's first `num_taken` steps, by the name of its first block.
+
+        Empty in the parallel order, where all of them are `num_taken` and the cuts need not be told.
+        """
+        if self.config.train.order == "parallel":
+            return {}
+        own = self.itinerary.sweep.num_updates
+        return {self.blocks(stage)[0].name: own(stage, num_taken) for stage in range(self.num_stages)}
 
     @property
     def max_rows(self) -> int:

@@ -51,7 +51,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def validate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Check a config, its data set and its cuts without training; print the stages."""
+    """Check a config, its data set and its cuts without training; print the stages, and the phases of their order."""
     settings = load(config, overrides or [])
     blueprint = draw_up(settings, describe(settings))
     print(outline(blueprint))
@@ -70,7 +70,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 
 def outline(blueprint: Blueprint) -> str:
-    """The stages of a run as text, one line each."""
+    """The stages of a run as text, one line each, and its phases where not all stages learn at the same time."""
     itinerary, spec = blueprint.itinerary, blueprint.spec
     lines = [
         f"{blueprint.network.name} on {spec.name}: {spec.num_train:,} train, {spec.num_valid:,} valid, "
@@ -84,6 +84,12 @@ def outline(blueprint: Blueprint) -> str:
             f"stage {stage}: {names[0]} .. {names[-1]} | {blueprint.input_shape(stage)} -> "
             f"{blueprint.output_shape(stage)} | {blocks:,} parameters, head {head:,} | tau {blueprint.taus[stage]:g}"
         )
+    if blueprint.config.train.order != "parallel":
+        lines += [
+            f"lap {phase.lap}, stage {phase.learners[0]} learns: {phase.epochs} epochs, "
+            f"steps {phase.steps[0] + 1:,} to {phase.steps.stop:,}"
+            for phase in itinerary.sweep.phases
+        ]
     return "\n".join([*lines, blueprint.world.draw()])
 
 

@@ -25,7 +25,7 @@ _RESULT_HEADER = {
 
 @final
 class Progress:
-    """Sees every row of every stage; shows them together once all stages have reached the same step.
+    """Sees every row of every stage; shows them together once all stages at work have reached the same step.
 
     Use as a context manager: leaving it takes the live table down.
     """
@@ -65,7 +65,9 @@ class Progress:
             return
         rows = self._at_step.setdefault((kind, row["step"]), {})
         rows[row["stage"]] = row
-        if len(rows) == len(self._latest):
+        assert self._blueprint is not None
+        phase = self._blueprint.itinerary.sweep.phase_after(row["step"])
+        if len(rows) == len(phase.learners if kind == "train" else phase.reached):
             del self._at_step[kind, row["step"]]
             self._console.print(self._line(kind, [rows[k] for k in sorted(rows)]), highlight=False, soft_wrap=True)
 
@@ -79,26 +81,31 @@ class Progress:
             self._live.stop()
 
     def _line(self, kind: str, rows: list[Row]) -> str:
-        """`step 80/680 epoch 1/8 | local 1.83 1.80 | head acc 45.1 46.0 % | 523 img/s | waited 3 4 %`, by stage."""
+        """`step 80/680 epoch 1/8 | local 1.83 1.80 | head acc 45.1 46.0 % | 523 img/s | waited 3 4 %`, by stage.
+
+        Where one stage learns at a time, its number follows the epoch: `step 80/680 epoch 1/8 stage 0 | ...`.
+        """
         assert self._blueprint is not None
-        total, epochs = self._blueprint.itinerary.total_steps, self._blueprint.config.train.epochs
-        accuracy = " ".join(f"{100 * row['accuracy']:.1f}" for row in rows)
+        total, epochs = self._blueprint.itinerary.total_steps, self._blueprint.itinerary.sweep.num_epochs
+        learner = "" if self._blueprint.config.train.order == "parallel" else f" stage {rows[0]['stage']}"
+        accuracy = " ".join("-" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}" for row in rows)
         if kind != "train":
             return f"{kind:<5} after step {rows[0]['step']}/{total} | head acc {accuracy} %"
         rates = [row["images_per_s"] for row in rows if row["images_per_s"] is not None]
         waits = " ".join("-" if row["wait_share"] is None else f"{100 * row['wait_share']:.0f}" for row in rows)
-        losses = " ".join(f"{row['local_loss']:.3f}" for row in rows)
+        losses = " ".join("-" if row["local_loss"] is None else f"{row['local_loss']:.3f}" for row in rows)
         return (
-            f"step {rows[0]['step']}/{total} epoch {rows[0]['epoch'] + 1}/{epochs} | local {losses} | "
+            f"step {rows[0]['step']}/{total} epoch {rows[0]['epoch'] + 1}/{epochs}{learner} | local {losses} | "
             f"head acc {accuracy} % | {rate(min(rates, default=None))} img/s | waited {waits} %"
         )
 
     def _table(self) -> Table:
         assert self._blueprint is not None
         steps = [rows.get("train", {}).get("step", 0) for rows in self._latest]
+        reached = (min if self._blueprint.config.train.order == "parallel" else max)(steps)
         total = self._blueprint.itinerary.total_steps
         table = Table(
-            title=f"step {min(steps)} of {total}", title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True
+            title=f"step {reached} of {total}", title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True
         )
         for column in _LIVE_HEADER:
             table.add_column(column, justify="right", no_wrap=True)

@@ -52,7 +52,7 @@ class TransportWeight(Protocol):
         """The cost times the weight."""
 
     def observe(self, task_loss: Tensor, step: int) -> None:
-        """Called once a step with the current task loss, before the weight is used."""
+        """Called once a step with the current task loss, before the weight is used; `step` counts the stage's own."""
 
     def state(self) -> dict[str, Tensor]: ...
 

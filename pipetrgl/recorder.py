@@ -7,11 +7,12 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, final
+from typing import Any, final
 
 from pipetrgl.blueprint import Blueprint
 from pipetrgl.engine.checkpoint import drop_after, prune, step_folder, write_atomically, write_manifest
 from pipetrgl.engine.metrics import Row
+from pipetrgl.engine.rowfile import RowFile
 from pipetrgl.errors import StoppedError
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class Recorder:
         self._run = run
         self._blueprint = blueprint
         self._display = display
-        self._metrics = _open(run)
+        self._metrics = RowFile(run / "metrics.jsonl")
         self._stages: list[dict[str, Row]] = [{} for _ in range(blueprint.num_stages)]
         self._events: list[dict[str, Any]] = []
         self._files: dict[int, dict[str, str]] = {}  # step -> file -> SHA-256
@@ -49,7 +50,7 @@ class Recorder:
             if latest is not None and row["step"] <= latest["step"]:
                 return  # a stage that was replaced reports again what its predecessor had reported
         if kind in _KEPT:
-            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.append(row)
         if kind == "trace":
             self._events.extend(row["events"])
         elif kind == "checkpoint":
@@ -79,25 +80,24 @@ class Recorder:
             error: the message of the failure.
         """
         self._metrics.close()
-        if self._events:
-            trace = {"traceEvents": self._events, "displayTimeUnit": "ms"}
-            write_atomically(self._run / "trace.json", json.dumps(trace).encode())
         result = self._result(status, launcher, environment, error)
-        write_atomically(self._run / "result.json", json.dumps(result, indent=2).encode())
+        try:
+            if self._events:
+                trace = {"traceEvents": self._events, "displayTimeUnit": "ms"}
+                write_atomically(self._run / "trace.json", json.dumps(trace).encode())
+            write_atomically(self._run / "result.json", json.dumps(result, indent=2).encode())
+        except OSError as failure:
+            logger.warning("the run's result could not be written to %s (%s)", self._run, failure)
         return result
 
     def rewind(self, step: int) -> None:
         """Forget the rows after `step` optimizer steps, which the run goes on from: they will be written again."""
-        self._metrics.close()
-        path = self._run / "metrics.jsonl"
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _precedes(line, step)]
-        write_atomically(path, "".join(kept).encode())
-        self._metrics = _open(self._run)
+        kept = self._metrics.rewind(lambda row: _precedes(row, step))
         drop_after(self._run, step)
         self._events.clear()
         self._files.clear()
         self._stages = [{} for _ in self._stages]
-        for row in map(json.loads, kept):
+        for row in kept:
             self._stages[row["stage"]][row["kind"]] = row
         self._first_step = step
 
@@ -117,17 +117,19 @@ class Recorder:
         files[row["file"]] = row["sha256"]
         if len(files) < self._blueprint.num_stages:
             return
+        step, files = row["step"], self._files.pop(row["step"])
         try:
-            write_manifest(step_folder(self._run, row["step"]), row["step"], self._files.pop(row["step"]))
+            write_manifest(step_folder(self._run, step), step, files, self._blueprint.updates(step))
             prune(self._run, self._blueprint.config.checkpoint.keep)
         except OSError as error:
-            logger.warning("step %d: the checkpoint could not be completed (%s)", row["step"], error)
+            logger.warning("step %d: the checkpoint could not be completed (%s)", step, error)
 
     def _result(self, status: str, launcher: str, environment: dict[str, Any], error: str | None) -> Row:
         stages = [self._stage(index) for index in range(self._blueprint.num_stages)]
         valid = [stage["valid_accuracy"] for stage in stages]
         rates = [stage["images_per_s"] for stage in stages if stage["images_per_s"] is not None]
         times = [stage["train_s"] for stage in stages if stage["train_s"] is not None]
+        together = self._blueprint.config.train.order == "parallel"
         return {
             "schema": 1,
             "command": "train",
@@ -139,7 +141,7 @@ class Recorder:
             "data": self._blueprint.spec.name,
             "config_hash": self._blueprint.config_hash,
             "num_stages": len(stages),
-            "num_steps": max(stage["num_steps"] for stage in stages),
+            "num_steps": (max if together else sum)(stage["num_steps"] for stage in stages),
             "first_step": self._first_step,
             "total_steps": self._blueprint.itinerary.total_steps,
             "num_parameters": {
@@ -148,7 +150,7 @@ class Recorder:
             },
             "recoveries": self._recoveries,
             "wall_s": time.perf_counter() - self._start,
-            "train_s": max(times, default=None),
+            "train_s": (max(times) if together else sum(times)) if times else None,
             "images_per_s": min(rates, default=None),
             "stages": stages,
             # chosen on the validation split; the test split is only reported
@@ -168,7 +170,8 @@ class Recorder:
             "num_parameters": blocks,
             "head_parameters": head,
             "tau": _finite(blueprint.taus[index]),
-            "num_steps": summary.get("num_steps", train.get("step", 0)),
+            "num_steps": summary.get("num_steps", blueprint.itinerary.sweep.num_updates(index, train.get("step", 0))),
+            "skipped_updates": summary.get("skipped_updates", train.get("skipped_updates", 0)),
             "valid_accuracy": rows.get("valid", {}).get("accuracy"),
             "valid_loss": rows.get("valid", {}).get("task_loss"),
             "test_accuracy": rows.get("test", {}).get("accuracy"),
@@ -185,16 +188,8 @@ class Recorder:
         }  # fmt: skip
 
 
-def _open(run: Path) -> IO[str]:
-    return (run / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-
-
-def _precedes(line: str, step: int) -> bool:
-    """Whether a metrics line was written before the checkpoint of `step`; a half line at the end was not."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return False
+def _precedes(row: Row, step: int) -> bool:
+    """Whether a row was written before the checkpoint of `step`."""
     if "step" not in row:
         return True
     # a checkpoint is taken before the evaluation that follows its step

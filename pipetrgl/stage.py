@@ -33,6 +33,11 @@ class StageOutput:
     loss: LocalLoss
     cost_names: tuple[str, ...]
 
+    @property
+    def trained(self) -> bool:
+        """Whether the stage learns from it: only then is there a graph."""
+        return self.loss.total.requires_grad
+
 
 class Reseed(Protocol):
     """Gives every stochastic layer of a block its seed for one micro-batch."""
@@ -64,6 +69,9 @@ class Stage:
 
     z (detached) ─▶ blocks T_k ─▶ activation ─▶ next stage
                                       └──▶ head F_k ─▶ logits ─▶ local loss ─▶ backward ─▶ update
+
+    Attributes:
+        num_updates: the stage's own; in the parallel order the run's optimizer steps.
     """
 
     def __init__(self, parts: StageParts) -> None:
@@ -76,6 +84,7 @@ class Stage:
         self.optimizer = parts.optimizer
         self.device = parts.device
         self.num_updates = 0
+        self.skipped_updates = 0
         self._learning_rate = parts.learning_rate
         self._replicas = parts.replicas
         self._reseed = parts.reseed
@@ -99,7 +108,7 @@ class Stage:
             logits = self.head(activation)
             target = micro_batch.target.to(self.device, non_blocking=True)
             if train and micro_batch.row_start == 0 and self.objective.adapts:
-                self.objective.observe(logits, target, micro_batch.step)
+                self.objective.observe(logits, target, self.num_updates)
             loss = self.objective.local_loss(logits, target, costs)
         return StageOutput(activation, logits, loss, names)
 
@@ -118,6 +127,12 @@ class Stage:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.num_updates += 1
+
+    def skip_update(self) -> None:
+        """In place of `update`: drop the step's gradients; schedule and checkpoints count it like any other step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.num_updates += 1
+        self.skipped_updates += 1
 
     @property
     def learning_rate(self) -> float:
@@ -185,6 +200,10 @@ class Stage:
             if remembered and remembered.keys() != self._remembers:
                 missing.append(f"the optimizer state of {name}")
             elif remembered:
+                if any(value.ndim > 0 and value.shape != parameter.shape for value in remembered.values()):
+                    raise ModelError(
+                        f"stage {self.index}: the checkpoint's optimizer state of {name} has another shape"
+                    )
                 self.optimizer.state[parameter] = {
                     what: value.clone() if value.ndim == 0 else value.to(self.device, copy=True)
                     for what, value in remembered.items()
@@ -193,10 +212,9 @@ class Stage:
             self.objective.weight.load_state(objective)
         return missing
 
-    def _run_blocks(self, micro_batch: MicroBatch, train: bool) -> tuple[Tensor, tuple[str, ...], list[Tensor]]:
+    def walk(self, micro_batch: MicroBatch, train: bool) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Run the blocks one by one: the name of each, its activation, and its transport cost if it has one."""
         x = _moved(micro_batch.activation, self.device)
-        names: list[str] = []
-        costs: list[Tensor] = []
         start = x
         for position, (spec, block) in enumerate(zip(self.specs, self.blocks, strict=True)):
             if train:
@@ -209,8 +227,15 @@ class Stage:
             x = output.activation
             if position == self._last_counted and cost is None:
                 cost = self.objective.measure_stage(start, x)
+            yield spec.name, x, cost
+
+    def _run_blocks(self, micro_batch: MicroBatch, train: bool) -> tuple[Tensor, tuple[str, ...], list[Tensor]]:
+        names: list[str] = []
+        costs: list[Tensor] = []
+        for name, activation, cost in self.walk(micro_batch, train):
+            x = activation
             if cost is not None:
-                names.append(spec.name)
+                names.append(name)
                 costs.append(cost)
         return x, tuple(names), costs
 

@@ -23,10 +23,13 @@ from pipetrgl.data.loader import Loader
 from pipetrgl.engine import loop
 from pipetrgl.engine.checkpoint import Checkpoint, SaveCheckpoints, SaveSchedule
 from pipetrgl.engine.evaluate import Evaluation
+from pipetrgl.engine.faults import rehearse
 from pipetrgl.engine.guard import StabilityGuard
+from pipetrgl.engine.idle import IdlingStage, TickingOutbox
 from pipetrgl.engine.listen import Listen
 from pipetrgl.engine.metrics import Sink, TrainMetrics
-from pipetrgl.engine.phases import Parallel
+from pipetrgl.engine.nonfinite import watch
+from pipetrgl.engine.phases import Parallel, Plan, plan_of
 from pipetrgl.engine.trace import Trace, TracedInbox, TracedOutbox, TracedStage, TraceHook
 from pipetrgl.memory import keep_freed_memory, peak_rss_bytes
 from pipetrgl.models import stochastic
@@ -99,13 +102,15 @@ def run_worker(job: Job, place: Place, links: Links, sink: Sink, device: torch.d
         trace = blueprint.config.trace
         spans = Trace(trace.first_step, trace.num_steps, place.rank, f"stage {place.stage}", links.clock_offset_s)
         hooks = [*build_hooks(job, stage, inbox, outbox, sink), TraceHook(spans, place.stage, sink), Listen(alarm)]
-        loop.run(TracedStage(stage, spans), TracedInbox(inbox, spans), TracedOutbox(outbox, spans), Parallel(), hooks)
+        plan = build_plan(blueprint)
+        traced = TracedStage(build_trainee(job, stage), spans)
+        trainee, out = _idling(plan, traced, TracedOutbox(outbox, spans))
+        loop.run(trainee, TracedInbox(inbox, spans), out, plan, hooks)
         sink({"kind": "memory", "stage": place.stage, "peak_rss_bytes": peak_rss_bytes()})
     except BaseException as error:
         alarm.ring(error)  # so that the threads of this worker's own links end as well
+        inbox.close()  # after a good end it stays open: the stage before may still have to be replaced
         raise
-    finally:
-        inbox.close()
 
 
 def build_stage(blueprint: Blueprint, index: int, device: torch.device) -> Stage:
@@ -126,6 +131,7 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device) -> Stage
         for name, parameter in module.named_parameters()
     ]
     itinerary = blueprint.itinerary
+    own_steps = itinerary.sweep.num_updates(index, itinerary.total_steps)
     return Stage(
         StageParts(
             index=index,
@@ -135,15 +141,24 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device) -> Stage
             head=head,
             objective=StageObjective(config.objective, blueprint.taus[index], device),
             optimizer=optim.build(config.optim, named),
-            learning_rate=functools.partial(
-                _learning_rate, blueprint, itinerary.steps_per_epoch, itinerary.total_steps
-            ),
+            learning_rate=functools.partial(_learning_rate, blueprint, itinerary.steps_per_epoch, own_steps),
             replicas=OneReplica(),
             reseed=stochastic.reseed,
             seed=config.seed,
             device=device,
         )
     )
+
+
+def build_trainee(job: Job, stage: Stage) -> loop.Trainee:
+    """The stage as the loop trains it: watched for values that are not finite, and meeting the faults to rehearse."""
+    config = job.blueprint.config
+    return rehearse(watch(stage, config.train.on_nonfinite), config.launcher.faults, job.run)
+
+
+def build_plan(blueprint: Blueprint) -> Plan:
+    """Which stage learns when."""
+    return plan_of(blueprint.config.train.order, blueprint.itinerary.sweep)
 
 
 def build_loader(job: Job) -> Loader:
@@ -168,14 +183,22 @@ def build_hooks(job: Job, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink
     metrics = TrainMetrics(stage, inbox, outbox, sink, config.metrics.every)
     if job.checkpoint is not None:
         job.checkpoint.load_into(stage, metrics)
+        stage.num_updates = job.blueprint.itinerary.sweep.num_updates(stage.index, job.first_step)
     schedule = SaveSchedule(config.checkpoint.every, config.run.save_final, job.blueprint.itinerary.total_steps)
-    saves = SaveCheckpoints(stage, metrics, outbox, job.run, sink, schedule)
+    saves = SaveCheckpoints(stage, metrics, outbox, job.run, sink, schedule, job.first_step)
     return [
         *([StabilityGuard(stage, optim.peak_rate(config.optim), momentum)] if config.optim.name == "sgd" else []),
         metrics,
-        Evaluation(stage, sink),
+        Evaluation(stage, sink, config.train.on_nonfinite),
         saves,  # after the metrics, whose sums it saves
     ]
+
+
+def _idling(plan: Plan, stage: loop.Trainee, outbox: Outbox) -> tuple[loop.Trainee, Outbox]:
+    """Only where some stage is idle at times is anything wrapped."""
+    if isinstance(plan, Parallel):
+        return stage, outbox
+    return IdlingStage(stage, plan), TickingOutbox(outbox, plan, stage.index + 1)
 
 
 def configure_torch(config: TrainConfig) -> None:
@@ -186,5 +209,5 @@ def configure_torch(config: TrainConfig) -> None:
     torch.use_deterministic_algorithms(config.deterministic)
 
 
-def _learning_rate(blueprint: Blueprint, steps_per_epoch: int, total_steps: int, step: int) -> float:
-    return optim.learning_rate(blueprint.config.optim, step, steps_per_epoch, total_steps)
+def _learning_rate(blueprint: Blueprint, steps_per_epoch: int, own_steps: int, num_updates: int) -> float:
+    return optim.learning_rate(blueprint.config.optim, num_updates, steps_per_epoch, own_steps)

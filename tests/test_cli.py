@@ -87,6 +87,18 @@ def test_validate_prints_stages_cuts_and_ranks(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_validate_prints_the_phases_where_stages_learn_one_by_one(tmp_path: Path) -> None:
+    config = tiny("mlp", tmp_path / "runs", pipeline={"stages": 2}, train={"order": "multi_lap", "laps": 2})
+    (tmp_path / "config.yaml").write_text(dump(config))
+    done = pipetrgl(tmp_path, "validate", "config.yaml", "train.max_steps=100", "train.epochs_growth=1")
+    # 16 steps an epoch; stage 0 learns for two epochs, stage 1 for three
+    assert [line for line in done.stdout.splitlines() if line.startswith("lap")] == [
+        "lap 0, stage 0 learns: 2 epochs, steps 1 to 32",
+        "lap 0, stage 1 learns: 3 epochs, steps 33 to 80",
+        "lap 1, stage 0 learns: 2 epochs, steps 81 to 100",
+    ]
+
+
 def test_schema_is_json_that_names_every_section(tmp_path: Path) -> None:
     schema = json.loads(pipetrgl(tmp_path, "schema").stdout)
     assert {"defaults", "data", "model", "objective", "channel"} <= schema["properties"].keys()
@@ -131,3 +143,25 @@ def test_progress_is_plain_lines_without_a_terminal_and_ends_with_the_table(tmp_
     (report,) = tmp_path.glob("runs/*/report.html")
     assert f"report: {report}" in done.stdout
     assert done.stderr == ""
+
+
+def test_progress_of_one_stage_at_a_time_names_it_and_the_report_is_written(tmp_path: Path) -> None:
+    train = {"order": "sequential", "epochs": 1, "max_steps": None}
+    options = {"pipeline": {"stages": 2}, "launcher": {"name": "threads"}, "run": {"report": True}}
+    (tmp_path / "config.yaml").write_text(dump(tiny("mlp", tmp_path / "runs", train=train, **options)))
+    done = pipetrgl(tmp_path, "train", "config.yaml")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    #  16 steps an epoch: a row every 5, and where a phase ends
+    steps = [line.split(" | ")[0] for line in lines if line.startswith("step ")]
+    assert steps == [
+        *(f"step {step}/32 epoch 1/2 stage 0" for step in (5, 10, 15, 16)),
+        *(f"step {step}/32 epoch 2/2 stage 1" for step in (20, 25, 30, 32)),
+    ]
+    heads = [line.split("head acc ")[1].count(".") for line in lines if line.startswith("valid")]
+    assert heads == [1, 1, 1, 2, 2]  # at the start, twice an epoch
+    assert any(line.startswith("32 steps in ") for line in lines)
+    assert list(tmp_path.glob("runs/*/report.html"))
+    cut = pipetrgl(tmp_path, "train", "config.yaml", "train.max_steps=9", "run.name=cut")
+    assert cut.returncode == 0, cut.stderr  # stage 1 has no row of its own
+    assert list(tmp_path.glob("runs/cut-*/report.html"))

@@ -65,7 +65,8 @@ class Int8:
 
     def encode(self, tensor: Tensor) -> tuple[Tensor, ...]:
         largest = tensor.abs().flatten(1).amax(1)
-        scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+        # a sample that is not finite gets a scale that is not finite, so that the receiver sees it
+        scale = torch.where(largest == 0, torch.ones_like(largest), largest / 127)
         shaped = scale.view(-1, *[1] * (tensor.ndim - 1))
         return (tensor / shaped).round_().to(torch.int8), scale
 

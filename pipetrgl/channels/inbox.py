@@ -139,7 +139,7 @@ class LinkInbox:
             raise LinkError(f"{where}: got micro-batch {batch.index} from {terms.sender}, expected {self._next_index}")
         if header.codec != terms.codec.code:
             raise LinkError(f"{where}: got codec {header.codec} from {terms.sender}, expected {terms.codec.code}")
-        if self._expected and len(header.tensors) != len(self._expected) * terms.codec.num_parts:
+        if self._expected and len(header.tensors) not in (0, len(self._expected) * terms.codec.num_parts):  # 0: a tick
             count = len(self._expected) * terms.codec.num_parts
             raise LinkError(f"{where}: got {len(header.tensors)} tensors from {terms.sender}, expected {count}")
         for expected, got in zip(self._expected, header.tensors[:: terms.codec.num_parts], strict=False):

@@ -79,7 +79,7 @@ def write(micro_batch: MicroBatch, parts: Sequence[Tensor], codec: int, run_id: 
         raise LinkError(f"an activation of {len(parts)} tensors does not fit a header: {MAX_TENSORS} of {_MAX_DIMS}-d")
     if target.numel() + positions.numel() > words:
         raise LinkError(f"{micro_batch.num_rows} rows of labels do not fit the {words} words agreed at start")
-    flags = micro_batch.closes_step + 2 * micro_batch.closes_split
+    flags = micro_batch.closes_step + 2 * micro_batch.closes_split + 4 * micro_batch.closes_phase
     fields = [PROTOCOL, run_id, Kind.DATA, micro_batch.split, micro_batch.epoch, micro_batch.step, micro_batch.index]
     fields += [micro_batch.row_start, micro_batch.batch_rows, flags, codec, len(parts)]
     fields += [target.ndim, *target.shape, *[0] * (4 - target.ndim)]
@@ -119,6 +119,7 @@ def read(header: Tensor, run_id: int) -> Header:
         batch_rows=fields[8],
         closes_step=bool(fields[9] & 1),
         closes_split=bool(fields[9] & 2),
+        closes_phase=bool(fields[9] & 4),
     )
     return Header(Kind(fields[2]), fields[10], tuple(_tensor(fields, i) for i in range(fields[11])), labelled)
 

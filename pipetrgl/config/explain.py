@@ -31,6 +31,12 @@ def section_of(field: FieldInfo) -> type[Section] | None:
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
+def section_in(kind: Any) -> type[Section] | None:
+    """The section of which a type is a list; None for any other type."""
+    item = get_args(kind)[0] if get_origin(kind) is list else None
+    return item if isinstance(item, type) and issubclass(item, Section) else None
+
+
 def explain(error: ValidationError, tree: Entry) -> Iterator[Problem]:
     """One problem for each wrong value, unknown key or broken rule; the branches of a union make one together."""
     seen: set[Path] = set()
@@ -42,6 +48,9 @@ def explain(error: ValidationError, tree: Entry) -> Iterator[Problem]:
             message = str(detail["ctx"]["error"])
             for place, text in [(path, message)] if field else _rules(path, section, message):
                 yield Problem(f"{dotted(place)}: {text}", _origin(tree, place), hides_values=field is None)
+        elif detail["type"] == "missing" and field and len(path) == len(detail["loc"]):  # else an item of a tuple
+            kind = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+            yield Problem(f"{dotted(path)}: is missing; expected {describe(kind)}", _origin(tree, path))
         elif path not in seen:
             seen.add(path)
             expected = _wrong_value(_value(tree, path), field) if field else _wrong_section(_value(tree, path), section)
@@ -72,17 +81,22 @@ def _locate(loc: Sequence[int | str], section: type[Section] = Config) -> tuple[
     """The field that a pydantic location lies in, without the indices and union branches that may follow.
 
     Returns:
-        Its path, the section it is a key of, and the field; for a section itself that section and no field.
+        Its path, the section it is a key of, and the field; for a section itself that section and no field. In a list
+        of sections the path holds the index.
     """
     path: Path = ()
-    for part in loc:
+    parts = iter(loc)
+    for part in parts:
         path = (*path, str(part))
         field = section.model_fields.get(str(part))
         if field is None:
             return path, section, None
         inner = section_of(field)
         if inner is None:
-            return path, section, field
+            inner, index = section_in(field.annotation), next(parts, None)
+            if inner is None or index is None:
+                return path, section, field
+            path = (*path, str(index))
         section = inner
     return path, section, None
 
@@ -90,9 +104,12 @@ def _locate(loc: Sequence[int | str], section: type[Section] = Config) -> tuple[
 def _find(tree: Entry, path: Path) -> tuple[Entry, int]:
     """The deepest entry on the way along a path, and how many keys of the path lead to it."""
     for depth, key in enumerate(path):
-        if not isinstance(tree.value, dict) or key not in tree.value:
+        if isinstance(tree.value, list) and key.isdecimal() and int(key) < len(tree.value):
+            tree = tree.value[int(key)]
+        elif isinstance(tree.value, dict) and key in tree.value:
+            tree = tree.value[key]
+        else:
             return tree, depth
-        tree = tree.value[key]
     return tree, len(path)
 
 
@@ -190,6 +207,8 @@ def describe(kind: Any, plural: bool = False) -> str:
         return f"one of {', '.join(map(str, args))}"
     if origin is tuple:
         return f"a list of {len(args)} {describe(args[0], plural=True)}"
+    if section := section_in(kind):
+        return f"a list of sections with {', '.join(section.model_fields)}"
     if origin is list:
         return f"a list of {describe(args[0], plural=True)}"
     return "null" if kind is types.NoneType else _NOUNS[kind][plural]

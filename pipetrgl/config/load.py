@@ -156,9 +156,13 @@ def dump(config: Config) -> str:
             break
         except ValidationError as error:
             for *sections, key in ruled_out(error):
-                del functools.reduce(dict.__getitem__, sections, content)[key]
+                del functools.reduce(_below, sections, content)[key]
     assert again == config, "a value that differs from its default was left out; was the config built without checks?"
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True, width=1000)
+
+
+def _below(content: Any, key: str) -> Any:
+    return content[int(key)] if isinstance(content, list) else content[key]
 
 
 def config_hash(config: Config) -> str:

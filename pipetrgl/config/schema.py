@@ -169,7 +169,7 @@ class ObjectiveConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate over the whole run, a function of the optimizer step alone."""
+    """Learning rate over all updates of a stage, a function of their number alone; in the parallel order, the run's."""
 
     name: Literal["constant", "cosine", "one_cycle", "multistep"] = "constant"
     """Shape."""
@@ -206,10 +206,17 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """How long, and in what portions."""
 
+    order: Literal["parallel", "sequential", "multi_lap"] = "parallel"
+    """parallel: all stages learn at the same time; sequential: one after another, on the frozen ones before it;
+    multi_lap: the whole sequential sweep several times."""
     epochs: Positive = 8
-    """Passes over the training split."""
+    """Passes over the training split; of stage 0 in each lap if the order is not parallel."""
+    epochs_growth: NonNegative = 0
+    """sequential and multi_lap: stage i learns for epochs + i * epochs_growth epochs."""
+    laps: Positive = 1
+    """multi_lap: sweeps over all stages."""
     max_steps: Positive | None = None
-    """End after this many optimizer steps, wherever in an epoch that is."""
+    """End after this many optimizer steps of the whole run, wherever in an epoch that is."""
     batch: Positive = 64
     """Rows of one optimizer step."""
     accumulate: Positive = 1
@@ -223,11 +230,24 @@ class TrainConfig(Section):
     """Keep freed CPU memory for the next step (glibc's mallopt); about 15 % faster, see benchmarks/allocator.txt."""
     threads: Positive = 1
     """Intra-op threads of each worker; bit-equality over launchers is promised for 1."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When an activation or a loss is NaN or infinite: stop ends the run with exit code 4; skip leaves out the step's
+    update of that stage, and counts it."""
 
     @model_validator(mode="after")
     def _micro_batches_hold_rows(self) -> TrainConfig:
         if self.accumulate > self.batch:
             raise ValueError(f"accumulate: {self.accumulate} micro-batches cannot share {self.batch} rows")
+        return self
+
+    @model_validator(mode="after")
+    def _only_where_used(self) -> TrainConfig:
+        faults = []
+        if "epochs_growth" in self.model_fields_set and self.order == "parallel":
+            faults.append("epochs_growth: only used with train.order: sequential or multi_lap")
+        if "laps" in self.model_fields_set and self.order != "multi_lap":
+            faults.append("laps: only used with train.order: multi_lap")
+        _raise(faults)
         return self
 
 
@@ -284,6 +304,32 @@ class ChannelConfig(Section):
         return self
 
 
+class FaultConfig(Section):
+    """One failure to rehearse, once in the life of a run folder; see docs/reliability.md."""
+
+    stage: NonNegative
+    """That it happens to."""
+    step: NonNegative
+    """Optimizer step, from 0: it happens just before that step's first forward pass."""
+    action: Literal["kill", "raise", "hang", "nan", "slow"]
+    """kill: SIGKILL of the worker's process; raise: an error as from a bug; hang: the stage never goes on; nan: its
+    input is multiplied by NaN; slow: it sleeps."""
+    seconds: PositiveFloat = 1.0
+    """slow only: how long it sleeps."""
+    num_steps: Positive = 1
+    """nan and slow only: in how many consecutive steps."""
+
+    @model_validator(mode="after")
+    def _only_where_used(self) -> FaultConfig:
+        faults = []
+        if "seconds" in self.model_fields_set and self.action != "slow":
+            faults.append("seconds: only used with action: slow")
+        if "num_steps" in self.model_fields_set and self.action not in ("nan", "slow"):
+            faults.append("num_steps: only used with action: nan or slow")
+        _raise(faults)
+        return self
+
+
 class LauncherConfig(Section):
     """Who starts the workers."""
 
@@ -297,6 +343,8 @@ class LauncherConfig(Section):
     restart: Literal["stage", "run"] = "stage"
     """After a worker died. stage: replace it alone while the others wait, where that is possible (local and ray, CPU),
     else start the run again; run: always start the whole run again."""
+    faults: list[FaultConfig] = []
+    """Failures to rehearse, such as [{stage: 2, step: 100, action: kill}]."""
 
 
 class MetricsConfig(Section):
@@ -377,5 +425,11 @@ class Config(Section):
             if len(cuts) != expected:
                 what = "first blocks, one of each later stage" if named else "counts, one a stage"
                 faults.append(f"model.cuts: {len(cuts)} given; pipeline.stages = {stages} needs {expected} {what}")
+        faults += [
+            f"launcher.faults.{number}.stage: there is no stage {fault.stage}; pipeline.stages = {stages} has stages 0 "
+            f"to {stages - 1}"
+            for number, fault in enumerate(self.launcher.faults)
+            if fault.stage >= stages
+        ]
         _raise(faults)
         return self

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from pipetrgl.config.schema import EvaluateConfig, TrainConfig
 from pipetrgl.data.dataset import DataSpec
+from pipetrgl.data.sweep import Sweep
 from pipetrgl.errors import DataError
 from pipetrgl.microbatch import Split
 
@@ -33,6 +34,7 @@ class Stop:
     batch_rows: int
     closes_step: bool
     closes_split: bool
+    closes_phase: bool
 
     @property
     def num_rows(self) -> int:
@@ -45,11 +47,13 @@ class Itinerary:
         [valid] t t t t [valid] t t t t [valid] [test]       t: accumulate micro-batches of one optimizer step
         at_start        valid_every      last step
 
+    Args:
+        num_stages: K, whose phases follow each other if the order is not parallel; epochs count on through all of them.
     Raises:
         DataError: the training split is too small for one optimizer step.
     """
 
-    def __init__(self, train: TrainConfig, evaluate: EvaluateConfig, spec: DataSpec) -> None:
+    def __init__(self, train: TrainConfig, evaluate: EvaluateConfig, spec: DataSpec, num_stages: int) -> None:
         self._train = train
         self._evaluate = evaluate
         self._spec = spec
@@ -62,9 +66,8 @@ class Itinerary:
                 f"train.batch: the training split has {spec.num_train} images, too few for one step of {train.batch} "
                 f"rows{' with train.drop_last' if train.drop_last else ''}. Use a smaller batch or more images."
             )
-        self.total_steps = train.epochs * self.steps_per_epoch
-        if train.max_steps is not None:
-            self.total_steps = min(self.total_steps, train.max_steps)
+        self.sweep = Sweep(train, num_stages, self.steps_per_epoch)
+        self.total_steps = self.sweep.total_steps
 
     @cached_property
     def num_stops(self) -> int:
@@ -111,6 +114,7 @@ class Itinerary:
                 batch_rows=rows,
                 closes_step=last,
                 closes_split=last and ends_epoch,
+                closes_phase=last and self.sweep.closes_phase(step),
             )
             row = end
 
@@ -129,6 +133,7 @@ class Itinerary:
                     batch_rows=num_rows,
                     closes_step=False,
                     closes_split=end == num_rows,
+                    closes_phase=False,
                 )
                 index += 1
 

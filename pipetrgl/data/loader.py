@@ -185,6 +185,7 @@ def _micro_batch(item: _Prepared) -> MicroBatch:
         batch_rows=stop.batch_rows,
         closes_step=stop.closes_step,
         closes_split=stop.closes_split,
+        closes_phase=stop.closes_phase,
     )
 
 

@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -76,10 +76,18 @@ class SaveCheckpoints:
         sink: takes rows of kind "checkpoint" (the file is written), "durable" (a replacement of this stage could start
             from it) and "last" (the stream has ended).
         schedule: when to save.
+        first_step: optimizer steps taken before this stream begins.
     """
 
     def __init__(
-        self, stage: Stage, metrics: TrainMetrics, outbox: Outbox, run: Path, sink: Sink, schedule: SaveSchedule
+        self,
+        stage: Stage,
+        metrics: TrainMetrics,
+        outbox: Outbox,
+        run: Path,
+        sink: Sink,
+        schedule: SaveSchedule,
+        first_step: int = 0,
     ) -> None:
         self._stage = stage
         self._metrics = metrics
@@ -87,12 +95,11 @@ class SaveCheckpoints:
         self._run = run
         self._sink = sink
         self._schedule = schedule
-        self._step = stage.num_updates
+        self._step = first_step  # of the run, also while this stage is idle
         self._saved: int | None = None
         self._index = -1  # of the micro-batch that closed `_step`
-        self._written: deque[tuple[int, int]] = (
-            deque()
-        )  # step and index of each file that is not known to be durable yet
+        # step of each file that is not known to be durable yet, and index of the micro-batch that closed it
+        self._written: deque[tuple[int, int]] = deque()
         self._writer: threading.Thread | None = None
 
     def __call__(self, micro_batch: MicroBatch, output: StageOutput) -> None:
@@ -169,11 +176,13 @@ class Checkpoint:
         folder: of its files.
         step: optimizer steps that it holds.
         files: file name -> SHA-256.
+        updates: each stage's own, by the name of its first block; empty in the parallel order.
     """
 
     folder: Path
     step: int
     files: Mapping[str, str]
+    updates: Mapping[str, int]
 
     @staticmethod
     def read(folder: Path) -> Checkpoint:
@@ -185,11 +194,12 @@ class Checkpoint:
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             step, files = int(manifest["step"]), {str(name): str(digest) for name, digest in manifest["files"].items()}
+            updates = {str(name): int(count) for name, count in manifest.get("updates", {}).items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"checkpoint {folder}: no readable {MANIFEST}; it is not complete ({error})") from error
         if manifest.get("format") != _FORMAT:
             raise ConfigError(f"checkpoint {folder}: format {manifest.get('format')}, expected {_FORMAT}")
-        return Checkpoint(folder, step, files).verified()
+        return Checkpoint(folder, step, files, updates).verified()
 
     def verified(self) -> Checkpoint:
         """This checkpoint, after its files were compared with their SHA-256.
@@ -201,17 +211,27 @@ class Checkpoint:
             _verify(self.folder, name, digest)
         return self
 
-    def require_fit(self, run: Path, total_steps: int) -> None:
-        """Compare with the length of the run that goes on from it.
+    def require_fit(self, run: Path, total_steps: int, updates: Mapping[str, int]) -> None:
+        """Compare with the length and order of the run that goes on from it.
 
+        Args:
+            run: its folder.
+            total_steps: its length.
+            updates: what it would have given each stage by the checkpoint's step.
         Raises:
-            ConfigError: nothing is left to train; only the run's own last evaluation may be.
+            ConfigError: nothing is left to train, only the run's own last evaluation may be; or its order would have
+                given the stages other updates.
         """
         own = run in self.folder.parents
         if self.step > total_steps or (self.step == total_steps and not own):
             raise ConfigError(
                 f"checkpoint.resume: {self.folder} holds {self.step} steps, but this run has only {total_steps}; "
                 "raise train.epochs or train.max_steps"
+            )
+        if self.updates != updates:
+            raise ConfigError(
+                f"checkpoint.resume: {self.folder} holds step {self.step} of {_by_stage(self.updates)}, but here that "
+                f"would be a step of {_by_stage(updates)}; only a run with the same order, stages and epochs can go on"
             )
 
     def load_into(self, stage: Stage, metrics: TrainMetrics) -> None:
@@ -220,27 +240,28 @@ class Checkpoint:
         wanted = stage.state().keys()
         found: dict[str, Tensor] = {}
         for file in sorted(self.files):
-            with safetensors.safe_open(self.folder / file, framework="pt") as tensors:
-                names = [name for name in list(tensors.keys()) if _belongs(name, wanted, prefixes)]
-                found.update({name: tensors.get_tensor(name) for name in names})
+            found.update(_read_tensors(self.folder / file, lambda name: _belongs(name, wanted, prefixes)))
         missing = stage.load_state(found)
         if missing:
             logger.warning(
                 "s%d/%d: %s has nothing for %s; it starts from its start weights",
                 stage.index, stage.num_stages, self.folder, ", ".join(missing),
             )  # fmt: skip
-        stage.num_updates = self.step
         prefix = f"metrics.{stage.span}."
         metrics.load_state({k.removeprefix(prefix): tensor for k, tensor in found.items() if k.startswith(prefix)})
 
     def to_dict(self) -> dict[str, Any]:
         """For workers, who need not verify the files again."""
-        return {"folder": str(self.folder), "step": self.step, "files": dict(self.files)}
+        return {
+            "folder": str(self.folder), "step": self.step, "files": dict(self.files), "updates": dict(self.updates),
+        }  # fmt: skip
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Checkpoint | None:
         """The inverse of `to_dict`; None of an empty mapping."""
-        return Checkpoint(Path(values["folder"]), values["step"], values["files"]) if values else None
+        if not values:
+            return None
+        return Checkpoint(Path(values["folder"]), values["step"], values["files"], values.get("updates", {}))
 
 
 def newest_complete(run: Path) -> Checkpoint | None:
@@ -255,9 +276,9 @@ def newest_complete(run: Path) -> Checkpoint | None:
     return None
 
 
-def write_manifest(folder: Path, step: int, files: Mapping[str, str]) -> None:
-    """The list that makes a checkpoint complete: the SHA-256 of every stage's file."""
-    content = {"format": _FORMAT, "step": step, "files": dict(sorted(files.items()))}
+def write_manifest(folder: Path, step: int, files: Mapping[str, str], updates: Mapping[str, int]) -> None:
+    """The list that makes a checkpoint complete: the SHA-256 of every stage's file, and `Checkpoint.updates`."""
+    content = {"format": _FORMAT, "step": step, "files": dict(sorted(files.items())), "updates": dict(updates)}
     write_atomically(folder / MANIFEST, json.dumps(content, indent=2).encode())
 
 
@@ -308,6 +329,13 @@ def _step_of(folder: Path) -> int:
     return int(number) if number.isdecimal() else -1
 
 
+def _by_stage(updates: Mapping[str, int]) -> str:
+    """`a run whose stages have taken 8 (from stem), 3 (from layer2.0)`."""
+    if not updates:
+        return "a parallel run"
+    return f"a run whose stages have taken {', '.join(f'{count} (from {name})' for name, count in updates.items())}"
+
+
 def _verify(folder: Path, name: str, digest: str) -> None:
     path = folder / name
     if path.parent != folder or not path.is_file():
@@ -316,6 +344,19 @@ def _verify(folder: Path, name: str, digest: str) -> None:
         got = hashlib.file_digest(file, "sha256").hexdigest()
     if got != digest:
         raise ConfigError(f"checkpoint {folder}: {name} is damaged (SHA-256 {got[:12]}.., expected {digest[:12]}..)")
+
+
+def _read_tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Tensors of a file; only tensors are read, whatever else it may hold.
+
+    Raises:
+        ConfigError: it is no safetensors file.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in list(tensors.keys()) if wanted(name)}
+    except safetensors.SafetensorError as error:
+        raise ConfigError(f"checkpoint {path.parent}: {path.name} is no safetensors file ({error})") from error
 
 
 def _belongs(name: str, wanted: Set[str], prefixes: tuple[str, ...]) -> bool:

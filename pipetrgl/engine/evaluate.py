@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from typing import final
 
 import torch
@@ -9,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipetrgl.engine.metrics import Row, Sink
+from pipetrgl.errors import DivergedError
 from pipetrgl.microbatch import MicroBatch, Split
 from pipetrgl.stage import Stage, StageOutput
+
+logger = logging.getLogger(__name__)
 
 
 @final
@@ -18,16 +23,22 @@ class Evaluation:
     """Rows of kind "valid" and "test", one when the last micro-batch of a pass has gone by.
 
     The loss is the plain cross-entropy without label smoothing, so that it can be compared between configs.
+
+    Args:
+        stage: scored.
+        sink: takes the rows.
+        on_nonfinite: "stop" raises where the loss is NaN or infinite; "skip" warns, and the row holds null.
     """
 
-    def __init__(self, stage: Stage, sink: Sink) -> None:
+    def __init__(self, stage: Stage, sink: Sink, on_nonfinite: str) -> None:
         self._stage = stage
         self._sink = sink
+        self._on_nonfinite = on_nonfinite
         self._sums: Tensor | None = None
         self._rows = 0
 
     def __call__(self, micro_batch: MicroBatch, output: StageOutput) -> None:
-        if micro_batch.split is Split.TRAIN:
+        if micro_batch.split is Split.TRAIN or micro_batch.is_tick:
             return
         target = micro_batch.target.to(output.logits.device)
         loss = F.cross_entropy(output.logits, target, reduction="sum")
@@ -45,12 +56,19 @@ class Evaluation:
     def _row(self, micro_batch: MicroBatch) -> Row:
         assert self._sums is not None
         loss, correct = self._sums.tolist()
+        finite = math.isfinite(loss)
+        if not finite:
+            text = f"stage {self._stage.index}, {micro_batch.split.label} after step {micro_batch.step}: "
+            text += f"the task loss is {loss}"
+            if self._on_nonfinite == "stop":
+                raise DivergedError(f"{text}; lower optim.lr, or raise objective.transport.tau")
+            logger.warning("%s; the row holds null", text)
         return {
             "kind": micro_batch.split.label,
             "stage": self._stage.index,
             "step": micro_batch.step,
             "epoch": micro_batch.epoch,
-            "task_loss": loss / self._rows,
-            "accuracy": correct / self._rows,
+            "task_loss": loss / self._rows if finite else None,
+            "accuracy": correct / self._rows if finite else None,
             "num_samples": self._rows,
         }

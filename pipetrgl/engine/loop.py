@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from pipetrgl.channels.contracts import Inbox, Outbox
-from pipetrgl.engine.phases import Plan
+from pipetrgl.engine.phases import Plan, Role
 from pipetrgl.microbatch import MicroBatch
 from pipetrgl.stage import StageOutput
 
@@ -48,7 +48,7 @@ def run(stage: Trainee, inbox: Inbox, outbox: Outbox, plan: Plan, hooks: Sequenc
         PipetrglError: the first error of any worker of the run.
     """
     for micro_batch in inbox:  # the data loader on stage 0
-        train = plan.trains(stage.index, micro_batch)  # parallel: whenever it is a training micro-batch
+        train = plan.role(stage.index, micro_batch) is Role.TRAIN  # parallel, sequential, multi-lap
         output = stage.forward(micro_batch, train)  # residual blocks, then the auxiliary head
         outbox.send(micro_batch.carrying(output.activation.detach()))  # the next stage starts now
         if train:

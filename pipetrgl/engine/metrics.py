@@ -6,6 +6,7 @@ Sums stay on the stage's device and are read once a row, so a step never waits f
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any, final
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from pipetrgl.channels.contracts import Inbox, Outbox
 from pipetrgl.errors import DivergedError
-from pipetrgl.microbatch import MicroBatch, Split
+from pipetrgl.microbatch import MicroBatch
 from pipetrgl.stage import Stage, StageOutput
 
 Row = dict[str, Any]
@@ -32,7 +33,7 @@ class TrainMetrics:
         stage: measured.
         inbox, outbox: whose waits are reported.
         sink: takes the rows.
-        every: optimizer steps between rows; the last row of the run may cover fewer.
+        every: optimizer steps between rows; the last row of a phase may cover fewer.
     """
 
     def __init__(self, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink, every: int) -> None:
@@ -45,14 +46,18 @@ class TrainMetrics:
         self._sums: Tensor | None = None
         self._cost_names: tuple[str, ...] = ()
         self._rows = 0
+        self._before: tuple[Tensor | None, int] | None = None  # sums and rows when the step at hand began
+        self._skipped = stage.skipped_updates
+        self._unwritten = False  # a micro-batch has passed since the last row
         self._step = self._epoch = 0
 
     def __call__(self, micro_batch: MicroBatch, output: StageOutput) -> None:
-        self._cost_names = output.cost_names
-        if micro_batch.split is not Split.TRAIN:
+        if not output.trained:
             self._clock.skip()
             return
+        self._cost_names = output.cost_names
         self._clock.count(micro_batch.num_rows)
+        self._before = self._before or (self._sums, self._rows)
         loss, rows = output.loss, micro_batch.num_rows
         target = micro_batch.target.to(output.logits.device)
         correct = (output.logits.detach().argmax(-1) == target).sum()
@@ -60,57 +65,75 @@ class TrainMetrics:
         sums = torch.cat([parts * rows, correct.to(parts.dtype).view(1)])
         self._sums = sums if self._sums is None else self._sums + sums
         self._rows += rows
-        self._step, self._epoch = micro_batch.step + 1, micro_batch.epoch
-        if micro_batch.closes_step and self._step % self._every == 0:
-            self._write()
+        self._step, self._epoch, self._unwritten = micro_batch.step + 1, micro_batch.epoch, True
+        if micro_batch.closes_step:
+            if self._stage.skipped_updates > self._skipped:
+                self._skipped = self._stage.skipped_updates
+                self._sums, self._rows = self._before  # a step that was skipped is no part of the means
+            self._before = None
+            if micro_batch.closes_phase or self._step % self._every == 0:
+                self._write()
 
     def close(self) -> None:
-        if self._rows:
-            self._write()
         self._sink(self._clock.summary(self._stage))
 
     def state(self) -> dict[str, Tensor]:
-        """The sums since the last row, for a checkpoint between two rows."""
-        if self._sums is None:
-            return {}
-        return {"sums": self._sums, "place": torch.tensor([self._rows, self._step, self._epoch])}
+        """The sums since the last row, for a checkpoint between two rows, and the count of skipped updates."""
+        state: dict[str, Tensor] = {}
+        if self._sums is not None:
+            state["sums"] = self._sums
+        if self._unwritten:
+            state["place"] = torch.tensor([self._rows, self._step, self._epoch])
+        if self._skipped:
+            state["skipped_updates"] = torch.tensor(self._skipped)
+        return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from the sums of a checkpoint; nothing to do where it was taken at a row."""
-        if state:
+        """Go on from the sums and the count of a checkpoint; nothing to do where it has none."""
+        if "sums" in state:
             self._sums = state["sums"].to(self._stage.device, copy=True)
+        if "place" in state:
             self._rows, self._step, self._epoch = map(int, state["place"])
+            self._unwritten = True
+        if "skipped_updates" in state:
+            self._skipped = self._stage.skipped_updates = int(state["skipped_updates"])
 
     def _write(self) -> None:
-        assert self._sums is not None
-        local, task, transport, *by_block, correct = self._sums.tolist()
-        rows, step = self._rows, self._step
-        if not all(map(_is_finite, (local, task, transport))):
-            raise DivergedError(
-                f"stage {self._stage.index}, between steps {step - self._every + 1} and {step}: the local loss is "
-                f"{local / rows} (task {task / rows}, transport {transport / rows}); "
-                "lower optim.lr, or raise objective.transport.tau"
-            )
         row = {
             "kind": "train",
             "stage": self._stage.index,
             "replica": 0,
-            "step": step,
+            "step": self._step,
             "epoch": self._epoch,
-            "local_loss": local / rows,
-            "task_loss": task / rows,
-            "transport_cost": transport / rows,
-            "transport_cost_by_block": {
-                name: cost / rows for name, cost in zip(self._cost_names, by_block, strict=True)
-            },
+            **self._means(),
             "weight": float(self._stage.objective.weight.value()) if self._stage.objective.regularised else 0.0,
-            "accuracy": correct / rows,
             "lr": self._stage.learning_rate,
+            "skipped_updates": self._skipped,
             **self._clock.since_last_row(),
         }
         self._sink(row)
         logger.info(log_line(row, self._stage.num_stages))
-        self._sums, self._rows = None, 0
+        self._sums, self._rows, self._unwritten = None, 0, False
+
+    def _means(self) -> Row:
+        """Over the rows since the last row; nothing where every step was skipped."""
+        if self._sums is None:
+            nothing: Row = dict.fromkeys(("local_loss", "task_loss", "transport_cost", "accuracy"))
+            return nothing | {"transport_cost_by_block": {}}
+        local, task, transport, *by_block, correct = (total / self._rows for total in self._sums.tolist())
+        if not all(map(math.isfinite, (local, task, transport))):
+            raise DivergedError(
+                f"stage {self._stage.index}, between steps {self._step - self._every + 1} and {self._step}: the local "
+                f"loss is {local} (task {task}, transport {transport}); "
+                "lower optim.lr, or raise objective.transport.tau"
+            )
+        return {
+            "local_loss": local,
+            "task_loss": task,
+            "transport_cost": transport,
+            "transport_cost_by_block": dict(zip(self._cost_names, by_block, strict=True)),
+            "accuracy": correct,
+        }
 
 
 @final
@@ -152,6 +175,7 @@ class _TrainClock:
             "kind": "summary",
             "stage": stage.index,
             "num_steps": stage.num_updates,
+            "skipped_updates": stage.skipped_updates,
             "train_s": seconds,
             "images_per_s": _ratio(images, seconds),
             "wait_share": _ratio(waited, seconds),
@@ -165,18 +189,17 @@ def log_line(row: Row, num_stages: int) -> str:
     """A train row as one line: `s1/4 r0/1 step 1200 | local 1.832 (task 1.790, transport 0.041) | ...`."""
     rate = "-" if row["images_per_s"] is None else f"{row['images_per_s']:.0f}"
     wait = "-" if row["wait_share"] is None else f"{100 * row['wait_share']:.0f} %"
-    weighted = row["local_loss"] - row["task_loss"]
+    means = "every update skipped"
+    if row["local_loss"] is not None:
+        means = (
+            f"local {row['local_loss']:.3f} (task {row['task_loss']:.3f}, transport "
+            f"{row['local_loss'] - row['task_loss']:.3f}) | head acc {100 * row['accuracy']:.1f} %"
+        )
     return (
-        f"s{row['stage']}/{num_stages} r{row['replica']}/1 step {row['step']} | local {row['local_loss']:.3f} "
-        f"(task {row['task_loss']:.3f}, transport {weighted:.3f}) | head acc {100 * row['accuracy']:.1f} % | "
-        f"{rate} img/s | waited {wait}"
+        f"s{row['stage']}/{num_stages} r{row['replica']}/1 step {row['step']} | {means} | {rate} img/s | waited {wait}"
     )
 
 
 def _ratio(part: float, whole: float) -> float | None:
     """None where there is nothing to divide by: an absent value is never shown as a number."""
     return part / whole if whole > 0 else None
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0.0

@@ -9,11 +9,12 @@ import torch
 
 from pipetrgl.channels.codecs import CODECS, roundtrip
 from pipetrgl.channels.contracts import NullOutbox
+from pipetrgl.engine.idle import NOTHING
 from pipetrgl.engine.metrics import Sink
+from pipetrgl.engine.phases import Role
 from pipetrgl.launchers.supervise import Budget
 from pipetrgl.memory import peak_rss_bytes
-from pipetrgl.microbatch import Split
-from pipetrgl.worker import Job, build_hooks, build_loader, build_stage, configure_torch
+from pipetrgl.worker import Job, build_hooks, build_loader, build_plan, build_stage, build_trainee, configure_torch
 
 
 def launch(job: Job, sink: Sink, budget: Budget) -> None:
@@ -22,17 +23,23 @@ def launch(job: Job, sink: Sink, budget: Budget) -> None:
     configure_torch(blueprint.config.train)
     codec = CODECS[blueprint.config.channel.codec]
     device = torch.device(blueprint.config.pipeline.device)
+    plan = build_plan(blueprint)
     stages = [build_stage(blueprint, index, device) for index in range(blueprint.num_stages)]
     loader = build_loader(job)
     hooks = [build_hooks(job, stage, loader, NullOutbox(), sink) for stage in stages]
+    trainees = [build_trainee(job, stage) for stage in stages]
     try:
         for micro_batch in loader:
-            for stage, watchers in zip(stages, hooks, strict=True):
-                train = micro_batch.split is Split.TRAIN
-                output = stage.forward(micro_batch, train)
+            for stage, watchers in zip(trainees, hooks, strict=True):
+                role = plan.role(stage.index, micro_batch)
+                if role is Role.IDLE:  # and so are all stages behind it: they only count the steps
+                    for hook in watchers:
+                        hook(micro_batch.carrying(()), NOTHING)
+                    continue
+                output = stage.forward(micro_batch, role is Role.TRAIN)
                 # Computed before this stage's update, from the weights that made `output`, as a pipeline would.
                 handed_on = roundtrip(codec, output.activation)
-                if train:
+                if role is Role.TRAIN:
                     stage.backward(output, micro_batch)
                     if micro_batch.closes_step:
                         stage.update()

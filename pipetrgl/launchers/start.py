@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import glob
-import importlib.metadata
-import json
 import logging
 import os
-import platform
-import re
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pipetrgl.blueprint import Blueprint, draw_up
-from pipetrgl.config.load import config_hash, dump, load
 from pipetrgl.config.schema import Config
 from pipetrgl.data import catalogue
 from pipetrgl.data.dataset import DataSpec
-from pipetrgl.engine.checkpoint import Checkpoint, newest_complete, write_atomically
+from pipetrgl.engine.checkpoint import Checkpoint, newest_complete
 from pipetrgl.engine.metrics import Row, Sink
-from pipetrgl.errors import ConfigError, Interrupted, LaunchError, LinkError, PipetrglError, StoppedError
+from pipetrgl.errors import Interrupted, LaunchError, LinkError, PipetrglError, StoppedError
 from pipetrgl.launchers import local, serial, threads, torchrun
+from pipetrgl.launchers.environment import environment
+from pipetrgl.launchers.folder import choose_start, claimed, origin_of
 from pipetrgl.launchers.supervise import Budget
 from pipetrgl.recorder import Recorder
 from pipetrgl.worker import Job
@@ -37,7 +28,6 @@ from pipetrgl.worker import Job
 logger = logging.getLogger(__name__)
 
 Display = Callable[[Row], None]
-_ORIGIN = "resumed-from.json"
 _IN_THIS_PROCESS: dict[str, Callable[[Job, Sink, Budget], None]] = {
     "serial": serial.launch,
     "threads": threads.launch,
@@ -77,9 +67,10 @@ def train(
     blueprint = draw_up(config, describe(config))
     run, checkpoint = choose_start(config, config.checkpoint.resume)
     job = _job(blueprint, run, checkpoint, stop)
-    recorder = Recorder(run, blueprint, open_display(blueprint, run))
-    recorder.rewind(job.first_step)
-    return _lead(recorder, config.launcher.name, lambda: _launch_again(job, recorder))
+    with claimed(run):
+        recorder = Recorder(run, blueprint, open_display(blueprint, run))
+        recorder.rewind(job.first_step)
+        return _lead(recorder, config.launcher.name, lambda: _launch_again(job, recorder))
 
 
 def _train_rank(
@@ -96,10 +87,11 @@ def _train_rank(
     if not me.leads:
         torchrun.launch(job, me, _discard)
         return None
-    recorder = Recorder(run, blueprint, open_display(blueprint, run))
-    recorder.rewind(job.first_step)
     try:
-        return _lead(recorder, "torchrun", lambda: torchrun.launch(job, me, recorder))
+        with claimed(run):
+            recorder = Recorder(run, blueprint, open_display(blueprint, run))
+            recorder.rewind(job.first_step)
+            return _lead(recorder, "torchrun", lambda: torchrun.launch(job, me, recorder))
     except StoppedError as error:
         # exit code 0, as on the other ranks: any other would make the agent start the world again
         logger.warning("%s", error)
@@ -108,7 +100,7 @@ def _train_rank(
 
 def _job(blueprint: Blueprint, run: Path, checkpoint: Checkpoint | None, stop: threading.Event) -> Job:
     if checkpoint is not None:
-        checkpoint.require_fit(run, blueprint.itinerary.total_steps)
+        checkpoint.require_fit(run, blueprint.itinerary.total_steps, blueprint.updates(checkpoint.step))
     return Job(blueprint, run, dict(os.environ), checkpoint, stop)
 
 
@@ -123,7 +115,7 @@ def _launch_again(job: Job, recorder: Recorder) -> None:
         except (LaunchError, LinkError) as error:
             if not budget.spend():
                 raise
-            job = dataclasses.replace(job, checkpoint=newest_complete(job.run) or _origin(job.run))
+            job = dataclasses.replace(job, checkpoint=newest_complete(job.run) or origin_of(job.run))
             recorder.rewind(job.first_step)
             message = f"{error}; starting all workers again from step {job.first_step}"
             recorder({"kind": "log", "stage": 0, "level": "WARNING", "message": message})
@@ -150,107 +142,6 @@ def _lead(recorder: Recorder, launcher: str, launch: Callable[[], None]) -> Row:
         recorder.finish("failed", launcher, environment(), f"{type(error).__name__}: {error}")
         raise
     return recorder.finish("done", launcher, environment())
-
-
-def choose_start(config: Config, resume: str) -> tuple[Path, Checkpoint | None]:
-    """The run folder, and the checkpoint in it or in another run that training goes on from.
-
-    Args:
-        config: of the run.
-        resume: "never", "auto" (the newest unfinished run of this name and config goes on in its own folder), or a run
-            folder, whose newest complete checkpoint starts a new run.
-    Raises:
-        ConfigError: the folder named by `resume` has no complete checkpoint.
-    """
-    if resume == "auto":
-        for run in sorted(Path(config.run.folder).absolute().glob(f"{glob.escape(config.run.name)}-*"), reverse=True):
-            if _goes_on(run, config):
-                # options outside the hash, such as deadlines or checkpoint.every, are those of today
-                write_atomically(run / "config.yaml", dump(config).encode())
-                return run, newest_complete(run) or _origin(run)
-    elif resume != "never":
-        checkpoint = newest_complete(Path(resume).expanduser().absolute())
-        if checkpoint is None:
-            raise ConfigError(f"checkpoint.resume: '{resume}' holds no complete checkpoint")
-        run = make_run_folder(config)
-        write_atomically(run / _ORIGIN, json.dumps(checkpoint.to_dict(), indent=2).encode())
-        return run, checkpoint
-    return make_run_folder(config), None
-
-
-def _origin(run: Path) -> Checkpoint | None:
-    """The checkpoint of another run that this one started from, as long as it has none of its own."""
-    path = run / _ORIGIN
-    return Checkpoint.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
-
-
-def _goes_on(run: Path, config: Config) -> bool:
-    """Whether `run` is an unfinished run of the same name and config."""
-    if not re.fullmatch(_folder_name(re.escape(config.run.name), r"\d{8}T\d{6}", config) + r"(-\d+)?", run.name):
-        return False
-    try:
-        if config_hash(load(run / "config.yaml")) != config_hash(config):
-            return False
-        return bool(json.loads((run / "result.json").read_text(encoding="utf-8"))["status"] != "done")
-    except ConfigError:
-        return False
-    except (OSError, ValueError, KeyError):
-        return True  # killed before it could write a result
-
-
-def _folder_name(name: str, time: str, config: Config) -> str:
-    return f"{name}-{time}-{config_hash(config)[:4]}"
-
-
-def make_run_folder(config: Config) -> Path:
-    """`runs/<name>-<UTC>-<hash4>` with the resolved config and the environment; never an existing folder.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    time = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
-    name, text = _folder_name(config.run.name, time, config), dump(config)
-    try:
-        for attempt in range(1000):
-            run = Path(config.run.folder).absolute() / (name if attempt == 0 else f"{name}-{attempt}")
-            try:
-                run.mkdir(parents=True)
-                break
-            except FileExistsError:
-                if run.parent.is_dir():
-                    continue
-                raise
-        write_atomically(run / "config.yaml", text.encode())
-        write_atomically(run / "env.json", json.dumps(environment(), indent=2).encode())
-    except OSError as error:
-        raise ConfigError(f"run.folder: cannot write to '{config.run.folder}': {error.strerror}") from error
-    return run
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, for result.json and env.json."""
-    return {
-        "pipetrgl": importlib.metadata.version("pipetrgl"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "host": socket.gethostname(),
-        "cpu_count": os.cpu_count(),
-        "git_sha": _git_sha(),
-        "command": sys.argv,
-    }
-
-
-def _git_sha() -> str | None:
-    """Of the source tree that this package runs from; None for an installed wheel."""
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _require_device(config: Config) -> None:

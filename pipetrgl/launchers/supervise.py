@@ -249,8 +249,8 @@ class Supervisor:
                 seat.lost = None
 
     def _note_durable(self, seat: _Seat, step: int, next_index: int) -> None:
-        file = seat.files[step]
-        seat.durable = Checkpoint(step_folder(self._job.run, step), step, {file["file"]: file["sha256"]})
+        file, folder = seat.files[step], step_folder(self._job.run, step)
+        seat.durable = Checkpoint(folder, step, {file["file"]: file["sha256"]}, self._job.blueprint.updates(step))
         seat.files = {later: row for later, row in seat.files.items() if later > step}
         announce_durable(self._board, seat.place.rank, next_index)
 

@@ -92,6 +92,15 @@ def test_an_activation_of_another_shape_is_refused_before_it_is_received() -> No
         next(iter(inbox))
 
 
+def test_a_tick_passes_whatever_activations_are_expected() -> None:
+    outbox, inbox, _ = link(expected=(wire.TensorSpec((8,), torch.float32),))
+    outbox.send(micro_batch(0, torch.zeros(4, 8)))
+    outbox.send(micro_batch(1, torch.zeros(4, 8)).carrying(()))
+    assert [got.is_tick for _, got in zip(range(2), inbox, strict=False)] == [False, True]
+    outbox.close()
+    inbox.close()
+
+
 def test_a_micro_batch_out_of_order_is_refused() -> None:
     outbox, inbox, _ = link(next_index=3)
     outbox.send(micro_batch(3, torch.zeros(1, 1)))
@@ -101,11 +110,13 @@ def test_a_micro_batch_out_of_order_is_refused() -> None:
 
 
 def test_a_header_reads_back_as_written() -> None:
-    sent = dataclasses.replace(micro_batch(9, torch.zeros(2, 3)), split=Split.VALID, epoch=4, closes_split=True)
+    sent = micro_batch(9, torch.zeros(2, 3))
+    sent = dataclasses.replace(sent, split=Split.VALID, epoch=4, closes_split=True, closes_phase=True)
     header = wire.read(wire.write(sent, [sent.activation], codec=2, run_id=7, words=10), run_id=7)
     assert header.tensors == (wire.TensorSpec((2, 3), torch.float32),)
     assert (header.codec, header.kind) == (2, wire.Kind.DATA)
-    for field in ("split", "epoch", "step", "index", "row_start", "batch_rows", "closes_step", "closes_split"):
+    flags = ("closes_step", "closes_split", "closes_phase")
+    for field in ("split", "epoch", "step", "index", "row_start", "batch_rows", *flags):
         assert getattr(header.labelled, field) == getattr(sent, field)
 
 

@@ -131,6 +131,48 @@ def test_rules_over_several_sections_point_at_the_field_they_name(write: Write) 
     ]
 
 
+def test_problems_of_a_list_of_sections_name_the_item_and_its_line(write: Write) -> None:
+    text = (
+        "launcher:\n  faults:\n"
+        "  - {stage: 0, step: 3, action: kil}\n"
+        "  - {stage: 0, stp: 3, action: slow, seconds: 0}\n"
+        "  - stage: 0\n    step: -1\n    action: nan\n"
+        "  - 3\n"
+    )
+    assert rows(write(text)) == [
+        "line 3   launcher.faults.0.action: 'kil' is not allowed. Did you mean 'kill'? "
+        "Allowed: hang, kill, nan, raise, slow.",
+        "line 4   launcher.faults.1.step: is missing; expected an integer of at least 0",
+        "line 4   launcher.faults.1.seconds: 0 is out of range; expected a number greater than 0",
+        "line 4   launcher.faults.1.stp: unknown key. Did you mean 'step'? Allowed: action, num_steps, seconds, stage, "
+        "step.",
+        "line 6   launcher.faults.2.step: -1 is out of range; expected an integer of at least 0",
+        "line 8   launcher.faults.3: 3 is an int; expected a section with some of: stage, step, action, seconds, "
+        "num_steps",
+    ]
+    assert rows(write(""), ["launcher.faults={stage: 0}"]) == [
+        "override   launcher.faults: is a mapping; expected a list of sections with stage, step, action, seconds, "
+        "num_steps"
+    ]
+
+
+def test_rules_over_a_list_of_sections_point_at_the_item(write: Write) -> None:
+    text = (
+        "launcher:\n  faults:\n"
+        "  - {stage: 3, step: 0, action: kill, seconds: 1.0, num_steps: 1}\n"
+        "  - {stage: 0, step: 0, action: nan, num_steps: 2}\n"
+    )
+    assert rows(write(text)) == [
+        "line 3   launcher.faults.0.seconds: only used with action: slow",
+        "line 3   launcher.faults.0.num_steps: only used with action: nan or slow",
+    ]
+    text = text.replace(", seconds: 1.0, num_steps: 1", "")
+    assert rows(write(text), ["pipeline.stages=3"]) == [
+        "line 3   launcher.faults.0.stage: there is no stage 3; pipeline.stages = 3 has stages 0 to 2"
+    ]
+    assert len(load(write(text)).launcher.faults) == 2
+
+
 def test_rules_are_not_judged_while_values_are_missing(write: Write) -> None:
     write("train: {batch: 128", "base.yaml")
     (row,) = rows(write("defaults: base.yaml\ntrain: {accumulate: 100}\n"))
@@ -328,6 +370,7 @@ CONFIGS = [
     "run: {name: '1e-3', folder: 'yes: é # 0x1F'}",
     "run: {name: '010', folder: \"a\\tb\\u2028c \\U0001F600\"}",
     "run: {name: '2024-01-01', folder: '~'}",
+    "launcher: {faults: [{stage: 0, step: 3, action: kill}, {stage: 1, step: 3, action: slow, seconds: 0.5}]}",
 ]
 
 

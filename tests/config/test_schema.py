@@ -12,7 +12,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipetrgl.config.explain import describe, show
+from pipetrgl.config.explain import describe, section_in, section_of, show
 from pipetrgl.config.load import dump, json_schema
 from pipetrgl.config.schema import Config, DataConfig, RunConfig, Section, TrainConfig, TransportConfig
 
@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def sections(section: type[Section] = Config) -> Iterator[type[Section]]:
     yield section
     for field in section.model_fields.values():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from sections(field.annotation)
+        inner = section_of(field) or section_in(field.annotation)
+        if inner:
+            yield from sections(inner)
 
 
 def validate(content: Any) -> None:
@@ -69,9 +70,39 @@ def test_values_never_change_once_read() -> None:
         Config().seed = 3  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("value", [{}, {"stage": 0, "step": 1}, {"stage": "0", "step": 1, "action": "kill"}])
+def test_a_fault_says_where_when_and_what(value: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="launcher.faults.0"):
+        Config.model_validate({"launcher": {"faults": [value]}})
+
+
 def test_a_rule_reports_every_fault_of_its_section() -> None:
     with pytest.raises(ValidationError, match=r"num_classes: only used[^\n]+\n[^\n]*samples: only used"):
         DataConfig.model_validate({"num_classes": 3, "samples": 4})
+
+
+@pytest.mark.parametrize(
+    ("train", "faults"),
+    [
+        ({"epochs_growth": 0}, ["epochs_growth"]),
+        ({"laps": 1, "epochs_growth": 2, "order": "parallel"}, ["epochs_growth", "laps"]),
+        ({"laps": 3, "epochs_growth": 2, "order": "sequential"}, ["laps"]),
+        ({"laps": 3, "epochs_growth": 2, "order": "multi_lap"}, []),
+    ],
+)
+def test_options_of_an_order_are_refused_in_another(train: dict[str, Any], faults: list[str]) -> None:
+    if not faults:
+        TrainConfig.model_validate(train)
+        return
+    message = r"[^\n]*\n".join(f"{fault}: only used with train.order" for fault in faults)
+    with pytest.raises(ValidationError, match=message):
+        TrainConfig.model_validate(train)
+
+
+def test_a_dump_of_every_order_loads_again() -> None:
+    for order in ("parallel", "sequential", "multi_lap"):
+        config = Config.model_validate({"train": {"order": order}})
+        assert Config.model_validate(yaml.safe_load(dump(config))) == config
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\nb", "/tmp/x"])

@@ -153,6 +153,27 @@ def test_evaluations_and_flags_travel_in_the_same_stream(channel: Open) -> None:
     thread.join()
 
 
+@pytest.mark.parametrize("name", ["fp32", "int8"])
+def test_a_tick_travels_between_activations_with_its_labels_and_flags_and_costs_no_byte(
+    channel: Open, name: str
+) -> None:
+    import dataclasses
+
+    both = channel(codec=CODECS[name])
+    tick = dataclasses.replace(micro_batch(1).carrying(()), closes_phase=True)
+    thread = send_all(both, [tick])
+    (got,) = list(both.inbox)
+    assert got.is_tick
+    assert (got.step, got.closes_step, got.closes_phase, got.positions.tolist()) == (1, True, True, [10, 11, 12])
+    thread.join()
+    assert both.outbox.sent_bytes == 0
+
+    mixed = channel(codec=CODECS[name])
+    thread = send_all(mixed, [micro_batch(0), tick, micro_batch(2)])
+    assert [(got.is_tick, got.closes_phase) for got in mixed.inbox] == [(False, False), (True, True), (False, False)]
+    thread.join()
+
+
 def test_a_tuple_of_tensors_of_several_dtypes_arrives_as_it_was(channel: Open) -> None:
     both = channel()
     parts = (torch.randn(2, 3, 4), torch.arange(2), torch.randn(2, 1, dtype=torch.float64))

@@ -12,8 +12,11 @@ def spec(num_train: int = 10, num_valid: int = 3, num_test: int = 5) -> DataSpec
     return DataSpec("synthetic", num_train, num_valid, num_test, (1, 1, 1), 2)
 
 
-def itinerary(train: dict[str, object], evaluate: dict[str, object] | None = None, **counts: int) -> Itinerary:
-    return Itinerary(TrainConfig(**train), EvaluateConfig(**{"batch": 2, **(evaluate or {})}), spec(**counts))
+def itinerary(
+    train: dict[str, object], evaluate: dict[str, object] | None = None, num_stages: int = 1, **counts: int
+) -> Itinerary:
+    evaluation = EvaluateConfig(**{"batch": 2, **(evaluate or {})})
+    return Itinerary(TrainConfig(**train), evaluation, spec(**counts), num_stages)
 
 
 def drawing(plan: Itinerary, first_step: int = 0) -> str:
@@ -81,6 +84,25 @@ def test_accumulation_parts_a_step_as_evenly_as_it_can() -> None:
     assert drawing(plan) == "t0:3 t0:2 t0:2 t1:3|"
     rows = [(stop.first_row, stop.end_row, stop.row_start, stop.batch_rows, stop.closes_step) for stop in plan.stops()]
     assert rows == [(0, 3, 0, 7, False), (3, 5, 3, 7, False), (5, 7, 5, 7, True), (7, 10, 0, 3, True)]
+
+
+def test_the_last_micro_batch_of_a_phase_closes_it() -> None:
+    def closing(train: dict[str, object], **options: object) -> list[int]:
+        plan = itinerary({"batch": 5, "accumulate": 2, **train}, num_valid=1, num_test=0, **options)
+        stops = list(plan.stops())
+        assert all(stop.closes_step for stop in stops if stop.closes_phase)
+        return [stop.step for stop in stops if stop.closes_phase]
+
+    # two steps an epoch; stage 0 learns for one epoch, stage 1 for two
+    assert closing({"epochs": 3}, num_stages=2) == [5]
+    assert closing({"epochs": 1, "epochs_growth": 1, "order": "sequential"}, num_stages=2) == [1, 5]
+    assert closing({"epochs": 1, "order": "multi_lap", "laps": 2, "max_steps": 7}, num_stages=2) == [1, 3, 5, 6]
+
+
+def test_epochs_count_on_through_phases_and_laps() -> None:
+    plan = itinerary({"epochs": 1, "batch": 5, "order": "multi_lap", "laps": 2}, {"valid_every": 0.0}, num_stages=2)
+    assert [stop.epoch for stop in plan.stops() if stop.split.label == "train"] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert (plan.total_steps, plan.steps_per_epoch) == (8, 2)
 
 
 def test_an_evaluation_carries_the_steps_taken_and_the_epoch_just_trained() -> None:

@@ -27,7 +27,9 @@ def dataset(seed: int = 0) -> Dataset:
 
 @contextmanager
 def loader(data: Dataset, first_step: int = 0, train: TrainConfig = TRAIN) -> Iterator[Loader]:
-    with Loader(data, Itinerary(train, EVALUATE, data.spec), CONFIG, seed=0, first_step=first_step) as opened:
+    with Loader(
+        data, Itinerary(train, EVALUATE, data.spec, num_stages=1), CONFIG, seed=0, first_step=first_step
+    ) as opened:
         yield opened
     assert not [thread for thread in threading.enumerate() if thread.name == "pipetrgl-loader"]
 

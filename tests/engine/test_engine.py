@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from pipetrgl.blueprint import Blueprint, draw_up
@@ -115,6 +116,20 @@ def test_train_rows_come_every_n_steps_and_once_more_for_the_rest(tmp_path: Path
         assert 0 <= row["accuracy"] <= 1
 
 
+def test_a_stream_that_ends_early_writes_no_partial_row_and_its_checkpoint_keeps_the_sums(tmp_path: Path) -> None:
+    blueprint = blueprint_of(tmp_path, pipeline={"stages": 1}, metrics={"every": 3})
+    stage, rows = build_stage(blueprint, 0, CPU), []
+    batches = stream(tmp_path)
+    inbox = _Listed(list(itertools.takewhile(lambda batch: batch.step < 5, batches)))
+    batches.close()  # type: ignore[attr-defined]
+    hooks = build_hooks(Job(blueprint, tmp_path, {}), stage, inbox, NullOutbox(), rows.append)
+    loop.run(stage, inbox, NullOutbox(), Parallel(), hooks)
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [3]
+    saved = safetensors.torch.load_file(tmp_path / "checkpoints" / "step-5" / "stage-0.safetensors")
+    (place,) = [tensor for name, tensor in saved.items() if name.startswith("metrics.") and name.endswith(".place")]
+    assert place.tolist() == [2 * 8, 5, 0]  # rows since the last row, step, epoch
+
+
 def test_an_evaluation_counts_every_sample_once_and_trains_nothing(tmp_path: Path) -> None:
     stage, rows, batches = one_stage(tmp_path, train={"max_steps": 1}, evaluate={"batch": 5, "at_start": True})
     evaluations = [row for row in rows if row["kind"] in ("valid", "test")]
@@ -150,6 +165,8 @@ def test_a_log_line_shows_everything_and_no_number_for_what_is_absent() -> None:
     line = "s1/4 r0/1 step 1200 | local 1.832 (task 1.790, transport 0.042) | head acc 64.3 % | "
     assert log_line(row, 4) == line + "4210 img/s | waited 3 %"
     assert log_line({**row, "images_per_s": None, "wait_share": None}, 4) == line + "- img/s | waited -"
+    skipped = {**row, "local_loss": None, "task_loss": None, "accuracy": None}
+    assert log_line(skipped, 4) == "s1/4 r0/1 step 1200 | every update skipped | 4210 img/s | waited 3 %"
 
 
 def test_a_run_leaves_result_trace_manifest_and_metrics(tmp_path: Path) -> None:

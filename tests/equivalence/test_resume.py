@@ -75,7 +75,8 @@ def test_a_run_killed_after_its_last_step_writes_its_last_rows_again(tmp_path: P
     killed = run(tiny("resnet", tmp_path / "b", **options))
     (killed / "result.json").unlink()
     lines = (killed / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (killed / "metrics.jsonl").write_text("".join(lines[:-6]) + '{"kind": "tr')
+    # both stages' evaluations are lost; their train rows were written before the checkpoint was complete
+    (killed / "metrics.jsonl").write_text("".join(lines[:-4]) + '{"kind": "tr')
     assert run(tiny("resnet", tmp_path / "b", **options)) == killed
     assert_equal_runs(killed, undisturbed)
 
@@ -243,6 +244,33 @@ def test_a_hostile_manifest_is_refused(copy: Path, manifest: str, message: str) 
     (folder / "manifest.json").write_text(manifest)
     with pytest.raises(ConfigError, match=message):
         Checkpoint.read(folder)
+
+
+@pytest.mark.parametrize("content", ["a pickle that writes a file", "text", "a huge header"])
+def test_a_hostile_file_with_a_matching_manifest_is_refused_and_runs_no_code(
+    copy: Path, tmp_path: Path, content: str
+) -> None:
+    import hashlib
+    import pickle
+
+    class Attack:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, (f"touch {tmp_path}/attacked",)
+
+    hostile = {
+        "a pickle that writes a file": pickle.dumps(Attack()),
+        "text": b"weights",
+        "a huge header": (2**62).to_bytes(8, "little") + b"{}",
+    }[content]
+    folder = copy / "checkpoints" / "step-30"
+    (folder / "stage-0.safetensors").write_bytes(hostile)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["stage-0.safetensors"] = hashlib.sha256(hostile).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    options: dict[str, Any] = {"pipeline": {"stages": 2}, "launcher": {"name": "threads"}, "train": {"max_steps": 32}}
+    with pytest.raises(ConfigError, match=r"stage-0.safetensors is no safetensors file"):
+        run(tiny("resnet", tmp_path, checkpoint={"resume": str(copy)}, **options))
+    assert not (tmp_path / "attacked").exists()
 
 
 def test_a_checkpoint_can_be_read_with_other_cuts(saved: Path, tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""Idle stages: they get ticks, micro-batches that carry nothing, and so keep count of the stream for its checkpoints.
+
+    stage 1 learns ─▶ sends a tick ─▶ stage 2 idle ─▶ a tick ─▶ stage 3 idle          no activation leaves stage 1
+
+The loop is not touched: where the order is not parallel, its stage and outbox are wrapped.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+
+from pipetrgl.channels.contracts import Outbox
+from pipetrgl.engine.loop import Trainee
+from pipetrgl.engine.phases import Plan, Role
+from pipetrgl.microbatch import MicroBatch
+from pipetrgl.objective import LocalLoss
+from pipetrgl.stage import StageOutput
+
+_ZERO = torch.zeros(())
+NOTHING = StageOutput(torch.empty(0), torch.empty(0), LocalLoss(_ZERO, _ZERO, _ZERO, ()), ())
+"""What comes of a tick."""
+
+
+@final
+class IdlingStage:
+    """A stage that makes nothing of a tick."""
+
+    def __init__(self, stage: Trainee, plan: Plan) -> None:
+        self._stage = stage
+        self._plan = plan
+
+    @property
+    def index(self) -> int:
+        return self._stage.index
+
+    def forward(self, micro_batch: MicroBatch, train: bool) -> StageOutput:
+        assert micro_batch.is_tick == (self._plan.role(self.index, micro_batch) is Role.IDLE)
+        return NOTHING if micro_batch.is_tick else self._stage.forward(micro_batch, train)
+
+    def backward(self, output: StageOutput, micro_batch: MicroBatch) -> None:
+        self._stage.backward(output, micro_batch)
+
+    def update(self) -> None:
+        self._stage.update()
+
+
+@final
+class TickingOutbox:
+    """An outbox that sends a tick wherever its receiver, `stage`, is idle."""
+
+    def __init__(self, outbox: Outbox, plan: Plan, stage: int) -> None:
+        self._outbox = outbox
+        self._plan = plan
+        self._stage = stage
+
+    @property
+    def waited_s(self) -> float:
+        return self._outbox.waited_s
+
+    @property
+    def sent_bytes(self) -> int:
+        return self._outbox.sent_bytes
+
+    @property
+    def received_index(self) -> int:
+        return self._outbox.received_index
+
+    def send(self, micro_batch: MicroBatch) -> None:
+        idle = self._plan.role(self._stage, micro_batch) is Role.IDLE
+        self._outbox.send(micro_batch.carrying(()) if idle else micro_batch)
+
+    def close(self) -> None:
+        self._outbox.close()
