@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 
-def log_to_stderr() -> logging.Handler:
-    """Send every record of the package to stderr: a worker's log file, or torchrun's."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    logger = logging.getLogger("pipetrgl")
+def log_to_stderr() -> None:
+    """Send every record of the package to stderr: a worker's log file, torchrun's, or Ray's."""
+    logger = _add(logging.StreamHandler(sys.stderr))
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+@contextlib.contextmanager
+def log_to_file(path: Path) -> Iterator[None]:
+    """Also append every record of the package to a file, whose folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    logger = _add(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def _add(handler: logging.Handler) -> logging.Logger:
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logger = logging.getLogger("pipetrgl")
     logger.addHandler(handler)
-    return handler
+    return logger

@@ -185,6 +185,7 @@ class Recorder:
                 )
             },
             "peak_rss_bytes": rows.get("memory", {}).get("peak_rss_bytes"),
+            **{name: rows.get("worker", {}).get(name) for name in ("host", "pid")},
         }  # fmt: skip
 
 

@@ -187,6 +187,8 @@ def _accepts(kind: Any) -> set[type]:
         return {type(choice) for choice in get_args(kind)}
     if origin in (list, tuple):
         return {list}
+    if origin is dict:
+        return {dict}
     return {int, float} if kind is float else {kind}
 
 
@@ -211,6 +213,8 @@ def describe(kind: Any, plural: bool = False) -> str:
         return f"a list of sections with {', '.join(section.model_fields)}"
     if origin is list:
         return f"a list of {describe(args[0], plural=True)}"
+    if origin is dict:
+        return f"{'sections' if plural else 'a section'} of names and {describe(args[1], plural=True)}"
     return "null" if kind is types.NoneType else _NOUNS[kind][plural]
 
 

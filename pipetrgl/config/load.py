@@ -77,9 +77,20 @@ def _override(text: str, problems: list[Problem]) -> Entry:
         shown = text if len(text) <= 60 else f"{text[:57]}..."
         problems.append(Problem(f"override {shown!r}: {fault}", hides_values=True))
         return empty
+    if isinstance(entry.value, str) and _is_named(path):
+        path.append("name")  # launcher=ray is short for launcher.name=ray
     for part in reversed(path):
         entry = Entry({part: entry}, Origin(None))
     return entry
+
+
+def _is_named(path: Sequence[str]) -> bool:
+    """Whether a path leads to a section that has a name, such as `launcher` or `model.head`."""
+    section: type[Section] | None = Config
+    for part in path:
+        field = section.model_fields.get(part) if section else None
+        section = section_of(field) if field else None
+    return section is not None and "name" in section.model_fields
 
 
 def _with_absolute_root(tree: Entry) -> Entry:
@@ -163,6 +174,11 @@ def dump(config: Config) -> str:
 
 def _below(content: Any, key: str) -> Any:
     return content[int(key)] if isinstance(content, list) else content[key]
+
+
+def undump(text: str) -> Config:
+    """The inverse of `dump`."""
+    return Config.model_validate(yaml.safe_load(text))
 
 
 def config_hash(config: Config) -> str:

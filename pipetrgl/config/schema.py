@@ -330,14 +330,33 @@ class FaultConfig(Section):
         return self
 
 
+class RayConfig(Section):
+    """How Ray places the workers (launcher.name: ray)."""
+
+    address: Annotated[str, Field(min_length=1)] | None = None
+    """Of the cluster, host:port or auto; unset: $RAY_ADDRESS, which a Ray job has set, else a Ray of the run's own on
+    this machine; local: always that."""
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Of the placement group: PACK puts the workers on as few nodes as possible, SPREAD on as many."""
+    cpus: PositiveFloat | list[PositiveFloat] = 1.0
+    """CPUs of each worker, or a list with one value a stage; may be fractions."""
+    gpus: PositiveFloat | list[PositiveFloat] | None = None
+    """GPUs of each worker; unset: 1 with pipeline.device: cuda, else none."""
+    resources: dict[str, PositiveFloat] | list[dict[str, PositiveFloat]] = {}
+    """Custom resources of each worker, such as {fast_disk: 0.5}, or a list with one section a stage."""
+    labels: dict[str, str] | list[dict[str, str]] = {}
+    """Labels that a worker's node must have, or a list with one section a stage."""
+
+
 class LauncherConfig(Section):
     """Who starts the workers."""
 
-    name: Literal["local", "threads", "serial", "torchrun"] = "local"
+    name: Literal["local", "threads", "serial", "torchrun", "ray"] = "local"
     """local: processes on this machine; threads; serial: the plain loop; torchrun: this process is one rank (chosen by
-    itself under torchrun)."""
+    itself under torchrun); ray: actors of a Ray cluster."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port of the local launcher's store; 0 takes a free one."""
+    """Port of the run's store (local and ray); 0 takes a free one."""
+    ray: RayConfig = RayConfig()
     max_failures: NonNegative = 0
     """So many times in all a stage is replaced, or the whole run started again from its newest complete checkpoint."""
     restart: Literal["stage", "run"] = "stage"
@@ -425,6 +444,10 @@ class Config(Section):
             if len(cuts) != expected:
                 what = "first blocks, one of each later stage" if named else "counts, one a stage"
                 faults.append(f"model.cuts: {len(cuts)} given; pipeline.stages = {stages} needs {expected} {what}")
+        for name in ("cpus", "gpus", "resources", "labels"):
+            value = getattr(self.launcher.ray, name)
+            if isinstance(value, list) and len(value) != stages:
+                faults.append(f"launcher.ray.{name}: {len(value)} given; pipeline.stages = {stages} needs one a stage")
         faults += [
             f"launcher.faults.{number}.stage: there is no stage {fault.stage}; pipeline.stages = {stages} has stages 0 "
             f"to {stages - 1}"

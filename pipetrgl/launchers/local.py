@@ -102,4 +102,5 @@ def _wait_for(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> N
 
 if __name__ == "__main__":
     client = TCPStore(_HOST, int(sys.argv[4]), is_master=False, timeout=timedelta(seconds=30))
-    exit_now(serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), client, _HOST))
+    rank = int(sys.argv[2])
+    exit_now(serve(Path(sys.argv[1]), rank, int(sys.argv[3]), client, _HOST, local_rank=rank))

@@ -30,7 +30,7 @@ from pipetrgl.channels.heartbeat import FAILURE, Heartbeat, RemoteError, remote_
 from pipetrgl.channels.link import LinkTerms, LostPeerError
 from pipetrgl.channels.peer import Hello, Site
 from pipetrgl.channels.wire import TensorSpec, label_words
-from pipetrgl.config.load import load
+from pipetrgl.config.load import undump
 from pipetrgl.config.schema import Config
 from pipetrgl.data.dataset import DataSpec
 from pipetrgl.engine.checkpoint import Checkpoint
@@ -83,6 +83,9 @@ def run_process(job: Job, member: Membership) -> None:
     forward = _ForwardLogs(sink, member.place.stage)
     logging.getLogger("pipetrgl").addHandler(forward)
     try:
+        sink({"kind": "worker", "stage": member.place.stage, "host": socket.gethostname(), "pid": os.getpid()})
+        where = name_of(member.place), os.getpid(), socket.gethostname(), job.first_step
+        logger.info("%s is process %d on %s, from step %d", *where)
         links = StoreLinks(job, member, board, alarm)
         heartbeat.looks.append(links.look)
         run_worker(job, member.place, links, sink, member.device, alarm)
@@ -100,7 +103,7 @@ def run_process(job: Job, member: Membership) -> None:
         logging.getLogger("pipetrgl").removeHandler(forward)
 
 
-def serve(run: Path, rank: int, incarnation: int, store: Store, address: str) -> int:
+def serve(run: Path, rank: int, incarnation: int, store: Store, address: str, local_rank: int) -> int:
     """The whole life of a supervised worker process; returns its exit code.
 
     Args:
@@ -108,17 +111,19 @@ def serve(run: Path, rank: int, incarnation: int, store: Store, address: str) ->
         rank, incarnation: of this worker.
         store: the run's.
         address: of this machine, as the other workers reach it.
+        local_rank: of this worker among those of its machine; names its GPU.
     """
     stop = threading.Event()
     stop_on_signals(stop)
     log_to_stderr()
     board = Board(store, 30.0)
     try:
-        spec = DataSpec.from_dict(board.read("spec", 30.0, Alarm(), "the launcher's data specification"))
+        note = board.read("blueprint", 30.0, Alarm(), "the launcher's blueprint")
         start = board.read(f"start/{rank}/{incarnation}", 30.0, Alarm(), "the launcher's word where to start")
-        blueprint = draw_up(load(run / "config.yaml"), spec)
+        blueprint = draw_up(undump(note["config"]), DataSpec.from_dict(note["spec"]))
         job = Job(blueprint, run, dict(os.environ), Checkpoint.from_dict(start), stop)
-        device = device_of(blueprint, rank)
+        run.mkdir(parents=True, exist_ok=True)  # on another machine
+        device = device_of(blueprint, local_rank)
         run_process(job, Membership(store, blueprint.world.place(rank), device, address, True, incarnation))
     except Interrupted:
         return Interrupted.exit_code

@@ -17,7 +17,7 @@ from pipetrgl.data import catalogue
 from pipetrgl.data.dataset import DataSpec
 from pipetrgl.engine.checkpoint import Checkpoint, newest_complete
 from pipetrgl.engine.metrics import Row, Sink
-from pipetrgl.errors import Interrupted, LaunchError, LinkError, PipetrglError, StoppedError
+from pipetrgl.errors import ConfigError, Interrupted, LaunchError, LinkError, PipetrglError, StoppedError
 from pipetrgl.launchers import local, serial, threads, torchrun
 from pipetrgl.launchers.environment import environment
 from pipetrgl.launchers.folder import choose_start, claimed, origin_of
@@ -28,10 +28,21 @@ from pipetrgl.worker import Job
 logger = logging.getLogger(__name__)
 
 Display = Callable[[Row], None]
-_IN_THIS_PROCESS: dict[str, Callable[[Job, Sink, Budget], None]] = {
+
+
+def _launch_on_ray(job: Job, sink: Sink, budget: Budget) -> None:
+    try:
+        from pipetrgl.launchers import ray_actors  # an extra: not installed everywhere
+    except ModuleNotFoundError as error:
+        raise ConfigError("launcher.name: 'ray' needs the extra: pip install 'pipetrgl[ray]'") from error
+    ray_actors.launch(job, sink, budget)
+
+
+_LAUNCHERS: dict[str, Callable[[Job, Sink, Budget], None]] = {
     "serial": serial.launch,
     "threads": threads.launch,
     "local": local.launch,
+    "ray": _launch_on_ray,
 }
 
 
@@ -110,7 +121,7 @@ def _launch_again(job: Job, recorder: Recorder) -> None:
     budget = Budget(config.launcher.max_failures)
     while True:
         try:
-            _IN_THIS_PROCESS[config.launcher.name](job, recorder, budget)
+            _LAUNCHERS[config.launcher.name](job, recorder, budget)
             return
         except (LaunchError, LinkError) as error:
             if not budget.spend():

@@ -22,6 +22,7 @@ from pipetrgl.channels.c10d import Store, TCPStore
 from pipetrgl.channels.connect import announce_durable
 from pipetrgl.channels.heartbeat import FAILURE, Watch, remote_error
 from pipetrgl.channels.peer import announce_replacement
+from pipetrgl.config.load import dump
 from pipetrgl.engine.checkpoint import Checkpoint, newest_complete, step_folder
 from pipetrgl.engine.metrics import Row, Sink
 from pipetrgl.errors import ConfigError, LaunchError, LinkError, ReplayGapError
@@ -138,7 +139,8 @@ class Supervisor:
         Raises:
             PipetrglError: the run's first error that no replacement could mend; no process is left behind.
         """
-        self._board.post("spec", self._job.blueprint.spec.to_dict())
+        blueprint = self._job.blueprint
+        self._board.post("blueprint", {"config": dump(blueprint.config), "spec": blueprint.spec.to_dict()})
         try:
             for seat in self._seats:
                 self._start(seat)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,15 +58,12 @@ class Pipeline:
         return run
 
     def workers(self) -> dict[int, int]:
-        """Process id of the worker at each rank; only of this run."""
-        found = subprocess.run(
-            ["pgrep", "-f", f"pipetrgl.launchers.local {self.folder}/"], capture_output=True, text=True, check=False
-        )
+        """Process id of the newest worker at each rank that has said who it is and still runs."""
         pids = {}
-        for pid in map(int, found.stdout.split()):
-            with contextlib.suppress(OSError, IndexError):  # it may have gone meanwhile
-                arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                pids[int(arguments[4])] = pid
+        for log in self.folder.glob("runs/*/logs/stage-*.log"):
+            said = re.findall(r"stage \d+ \(rank (\d+)\) is process (\d+) on ", log.read_text())
+            if said and _runs(int(said[-1][1])):
+                pids[int(said[-1][0])] = int(said[-1][1])
         return pids
 
     def rows(self, kind: str = "train") -> list[dict[str, Any]]:
@@ -109,3 +107,10 @@ class Pipeline:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.communicate()
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
