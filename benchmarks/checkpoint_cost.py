@@ -49,7 +49,7 @@ class SavingWorker(Worker):
 
 def main(rounds: int) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    board, folder = Board(store), Path(tempfile.mkdtemp(prefix="checkpoint-cost-"))
+    board, folder = Board(store, 30.0), Path(tempfile.mkdtemp(prefix="checkpoint-cost-"))
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     workers = [
         subprocess.Popen([sys.executable, __file__, "--worker", str(rank), str(store.port), str(folder)], env=environ)

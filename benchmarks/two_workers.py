@@ -118,7 +118,7 @@ class Worker:
         self.rank = rank
         self.blueprint: Blueprint = draw_up(config, describe(config))
         self.job = Job(self.blueprint, Path(), {})
-        self.board = Board(TCPStore("127.0.0.1", port, is_master=False))
+        self.board = Board(TCPStore("127.0.0.1", port, is_master=False), config.channel.heartbeat_timeout_s)
         cpu = torch.device("cpu")
         place = self.blueprint.world.place(rank)
         links = StoreLinks(self.job, Membership(self.board.store, place, cpu, "127.0.0.1"), self.board, Alarm())
@@ -185,7 +185,7 @@ def rate(times: list[float], batch: int) -> float:
 
 def main(rounds: int) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    board = Board(store)
+    board = Board(store, 30.0)
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     workers = [
         subprocess.Popen([sys.executable, __file__, "--worker", str(rank), str(store.port)], env=environ)

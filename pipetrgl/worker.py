@@ -15,6 +15,7 @@ from pipetrgl import optim
 from pipetrgl.blueprint import Blueprint
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.contracts import Inbox, NullOutbox, OneReplica, Outbox
+from pipetrgl.channels.delayed import DelayedInbox
 from pipetrgl.config.schema import TrainConfig
 from pipetrgl.data import catalogue
 from pipetrgl.data.dataset import Dataset
@@ -98,7 +99,7 @@ def run_worker(
     blueprint, last = job.blueprint, place.stage == job.blueprint.num_stages - 1
     configure_torch(blueprint.config.train)
     stage = build_stage(blueprint, place.stage, device)
-    inbox = build_loader(job) if place.stage == 0 else links.inbox(place.stage)
+    inbox = build_loader(job) if place.stage == 0 else _lengthened(links.inbox(place.stage), job, place.stage, alarm)
     try:
         outbox = NullOutbox() if last else links.outbox(place.stage)
         sink({"kind": "linked", "stage": place.stage})
@@ -168,6 +169,15 @@ def build_loader(job: Job) -> Loader:
     """Stage 0's inbox."""
     config = job.blueprint.config
     return Loader(job.dataset(), job.blueprint.itinerary, config.data, config.seed, job.first_step, job.stop)
+
+
+def _lengthened(inbox: Inbox, job: Job, stage: int, alarm: Alarm) -> Inbox:
+    """The inbox as the config's delays make it."""
+    config = job.blueprint.config
+    delay_s, jitter_s = config.channel.delay_s, config.channel.jitter_s
+    if delay_s == jitter_s == 0:
+        return inbox
+    return DelayedInbox(inbox, delay_s, jitter_s, torch_stream(config.seed, "jitter", stage), alarm)
 
 
 def build_hooks(job: Job, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink) -> Sequence[loop.Hook]:

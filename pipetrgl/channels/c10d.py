@@ -22,6 +22,13 @@ rendezvous: Any = dist.rendezvous  # type: ignore[attr-defined]
 SENDER, RECEIVER = 0, 1
 
 
+def store_address(store: Store) -> str:
+    """Where a store's clients find it, for messages."""
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    return f"{store.host}:{store.port}"
+
+
 def gloo_pair(store: Store, side: int, address: str, timeout_s: float) -> ProcessGroup:
     """A gloo group of two; blocks until the other side comes.
 

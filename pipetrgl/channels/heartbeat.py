@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, final
 
 from pipetrgl.channels.alarm import Alarm
-from pipetrgl.channels.board import Board
+from pipetrgl.channels.board import Board, StoreLostError
 from pipetrgl.channels.c10d import Store
 from pipetrgl.errors import BY_NAME, LaunchError, LinkError
 
@@ -38,7 +38,7 @@ class Heartbeat:
     def __init__(
         self, store: Store, rank: int, watched: Mapping[int, str], interval_s: float, timeout_s: float, alarm: Alarm
     ) -> None:
-        self._board = Board(store)
+        self._board = Board(store, timeout_s)
         self._rank = rank
         self._watch = Watch(watched, timeout_s)
         self._interval_s = interval_s
@@ -49,7 +49,7 @@ class Heartbeat:
 
     def start(self) -> None:
         """Beat once before returning, so that whoever opens a link to this worker later has a beat to miss."""
-        self._board.store.set(_key(self._rank), "1")
+        self._board.post(_key(self._rank), 1)
         self._thread.start()
 
     def stop(self) -> None:
@@ -71,13 +71,13 @@ class Heartbeat:
                 if time.monotonic() >= next_beat:
                     count += 1
                     next_beat = time.monotonic() + self._interval_s
-                    self._board.store.set(_key(self._rank), str(count))
+                    self._board.post(_key(self._rank), count)
                     for error in self._watch.silent(self._board).values():
                         self._alarm.ring(error)
-            self._board.store.set(_key(self._rank), str(DONE))
-        except RuntimeError:
+            self._board.post(_key(self._rank), DONE)
+        except StoreLostError as error:
             if not self._stop.is_set():
-                self._alarm.ring(LaunchError("lost the run's store: the launcher that hosts it has died"))
+                self._alarm.ring(self._watch.cut_off(error))
 
 
 @final
@@ -98,7 +98,7 @@ class Watch:
         """The workers that are taken for dead, each with the error that says so."""
         errors = {}
         for rank, name in self._watched.items():
-            count = int(board.store.get(_key(rank))) if board.store.check([_key(rank)]) else 0
+            count = board.find(_key(rank)) or 0
             last, since = self._seen[rank]
             if count != last or count in (0, DONE):  # one that has not started yet has its own deadline at start
                 self._seen[rank] = (count, time.monotonic())
@@ -111,7 +111,12 @@ class Watch:
 
     def expect_anew(self, board: Board, rank: int) -> None:
         """The worker at `rank` is being replaced: its replacement has not started yet."""
-        board.store.set(_key(rank), "0")
+        board.post(_key(rank), 0)
+
+    def cut_off(self, error: StoreLostError) -> StoreLostError:
+        """Whoever is cut off cannot know which workers are: it says of whom it hears no more."""
+        names = ", ".join(self._watched.values())
+        return StoreLostError(f"{error}; without it nothing is heard of {names}") if names else error
 
 
 class RemoteError(Exception):

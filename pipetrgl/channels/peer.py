@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.board import Board
-from pipetrgl.channels.c10d import RECEIVER, SENDER, PrefixStore, gloo_pair, nccl_pair
+from pipetrgl.channels.c10d import RECEIVER, SENDER, PrefixStore, Store, gloo_pair, nccl_pair
 from pipetrgl.channels.link import Connection, LinkTerms, LostPeerError
 from pipetrgl.channels.payload import FOREVER, GlooLine, NcclLine, PayloadLine
 from pipetrgl.channels.wire import PROTOCOL
@@ -147,7 +147,8 @@ class Peer:
         ends = (mine, hello) if self._side == SENDER else (hello, mine)
         ranks, incarnations = zip(*(_place(end) for end in ends), strict=True)
         prefix = f"link/{ranks[0]}-{ranks[1]}/g{incarnations[0]}.{incarnations[1]}"
-        store = PrefixStore(prefix, self._site.board.store)
+        # A group waits inside its store, and one that is given up keeps waiting: it must not hold up the board's calls.
+        store = PrefixStore(prefix, self._site.board.store.clone())
         what = f"{self._name} on {hello['host']} to open the link from {mine.host} ({self._site.address})"
         group = self._finish(lambda: gloo_pair(store, self._side, self._site.address, self._site.timeout_s), what)
         if self._side == SENDER:
@@ -155,7 +156,7 @@ class Peer:
         else:
             self._follow_clock(group)
         wanted = self._agree_on_next(group, next_index)
-        return Connection(group, self._line(group, prefix), wanted)
+        return Connection(group, self._line(group, store), wanted)
 
     def _await_hello(self) -> dict[str, Any]:
         what = f"{self._name} to start; does it run, and reach the store?"
@@ -180,13 +181,13 @@ class Peer:
             self._finish(lambda: group.recv([wanted], RECEIVER, _WANTED_TAG).wait(FOREVER), what)
         return int(wanted)
 
-    def _line(self, group: ProcessGroup, prefix: str) -> PayloadLine:
+    def _line(self, group: ProcessGroup, store: Store) -> PayloadLine:
         other = 1 - self._side
         if self._device.type == "cpu":
             return GlooLine(group, other)
         # One group an edge: unbatched point-to-point on a shared group would be serialised.
-        store = PrefixStore(f"{prefix}/nccl", self._site.board.store)
-        return NcclLine(nccl_pair(store, self._side, self._device), other, self._terms.capacity, self._device)
+        pair = nccl_pair(PrefixStore("nccl", store), self._side, self._device)
+        return NcclLine(pair, other, self._terms.capacity, self._device)
 
     def _lead_clock(self, group: ProcessGroup) -> None:
         """Ping, and tell the receiver how far its clock is from rank 0's: the reading of the shortest round trip."""

@@ -29,7 +29,7 @@ class ThreadOutbox:
 
     def send(self, micro_batch: MicroBatch) -> None:
         self._box.acquire()
-        activation = _cloned(roundtrip(self._codec, micro_batch.activation))
+        activation = cloned(roundtrip(self._codec, micro_batch.activation))
         self.sent_bytes += sum(tensor.nbytes for tensor in _tensors(activation))
         self._box.put(micro_batch.carrying(activation))
         self.received_index = micro_batch.index
@@ -75,7 +75,8 @@ def _tensors(activation: Activation) -> tuple[Tensor, ...]:
     return activation if isinstance(activation, tuple) else (activation,)
 
 
-def _cloned(activation: Activation) -> Activation:
+def cloned(activation: Activation) -> Activation:
+    """A copy that shares no memory."""
     if isinstance(activation, tuple):
         return tuple(tensor.clone() for tensor in activation)
     return activation.clone()

@@ -11,6 +11,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 StepSize = Annotated[float, Field(gt=0, allow_inf_nan=True)]
 Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
+Seconds = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -290,6 +291,10 @@ class ChannelConfig(Section):
     log_bytes: NonNegative = 512 * 2**20
     """What each stage keeps of its last activations, in bytes, so that the next stage can be replaced alone; kept only
     where launcher.max_failures and launcher.restart allow that, and let go when the next stage has saved."""
+    delay_s: Seconds = 0.0
+    """For rehearsals: every link is slower by so much, as a long cable is; it still carries as many micro-batches."""
+    jitter_s: Seconds = 0.0
+    """For rehearsals: up to so much more delay, drawn for each micro-batch."""
 
     @model_validator(mode="after")
     def _several_beats_before_death(self) -> ChannelConfig:

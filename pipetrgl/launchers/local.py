@@ -29,7 +29,8 @@ def launch(job: Job, sink: Sink, budget: Budget) -> None:
     Raises:
         PipetrglError: the first error of any worker that no replacement could mend; no process is left behind.
     """
-    board = Board(host_store(_HOST, job.blueprint.config.launcher.port))
+    config = job.blueprint.config
+    board = Board(host_store(_HOST, config.launcher.port), config.channel.heartbeat_timeout_s)
     Supervisor(job, board, _Processes(job, board.store.port), sink, budget).run()
 
 

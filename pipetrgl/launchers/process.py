@@ -21,7 +21,7 @@ import torch
 
 from pipetrgl.blueprint import Blueprint, draw_up
 from pipetrgl.channels.alarm import Alarm
-from pipetrgl.channels.board import Board
+from pipetrgl.channels.board import Board, StoreLostError
 from pipetrgl.channels.c10d import Store
 from pipetrgl.channels.codecs import CODECS
 from pipetrgl.channels.connect import Connector
@@ -77,7 +77,7 @@ def run_process(job: Job, member: Membership) -> None:
     Raises:
         PipetrglError: the run's first error, this worker's or another's.
     """
-    board, alarm, pulse = Board(member.store), Alarm(), Pulse()
+    board, alarm, pulse = Board(member.store, job.blueprint.config.channel.heartbeat_timeout_s), Alarm(), Pulse()
     heartbeat = _heartbeat(job, member, alarm)
     heartbeat.looks.append(functools.partial(_end_if_stuck, pulse, job, member))
     heartbeat.start()
@@ -118,7 +118,7 @@ def serve(run: Path, rank: int, incarnation: int, store: Store, address: str, lo
     stop = threading.Event()
     stop_on_signals(stop)
     log_to_stderr()
-    board = Board(store)
+    board = Board(store, 30.0)
     try:
         note = board.read("blueprint", 30.0, Alarm(), "the launcher's blueprint")
         start = board.read(f"start/{rank}/{incarnation}", 30.0, Alarm(), "the launcher's word where to start")
@@ -369,8 +369,8 @@ def _report(error: BaseException, board: Board, member: Membership) -> BaseExcep
 
     Unsupervised, it is the run's first failure and ends everybody; else the supervisor decides.
     """
-    if isinstance(error.__cause__, RemoteError):
-        return error
+    if isinstance(error.__cause__, RemoteError) or isinstance(error, StoreLostError):
+        return error  # posting the loss of the store would wait for it once more
     place = member.place
     try:
         if isinstance(error, LostPeerError) and (failure := _wait_for_account(board)) is not None:
@@ -381,8 +381,8 @@ def _report(error: BaseException, board: Board, member: Membership) -> BaseExcep
             return remote_error(note)
         board.post_first(FAILURE, note)
         return remote_error(board.find(FAILURE) or note)  # another worker may have been first
-    except RuntimeError:
-        return LaunchError("lost the run's store: the launcher that hosts it has died")
+    except StoreLostError as lost:
+        return lost
 
 
 def failure_note(error: BaseException, place: Place) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def launch(job: Job, sink: Sink, budget: Budget) -> None:
     config = job.blueprint.config
     with _cluster(config), _placed(config) as group:
         address = _node_ip()
-        board = Board(host_store(address, config.launcher.port))
+        board = Board(host_store(address, config.launcher.port), config.channel.heartbeat_timeout_s)
         actors = _Actors(job, group, address, board.store.port)
         Supervisor(job, board, actors, gauged(sink, job.run.name), budget).run()
 

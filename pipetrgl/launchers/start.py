@@ -74,7 +74,7 @@ def train(
     if torchrun.is_torchrun() and config.launcher.name in ("local", "torchrun"):
         return _train_rank(config, open_display, stop)
     if config.launcher.name == "torchrun":
-        torchrun.join()  # explains how to start it
+        torchrun.join(config.channel.start_timeout_s)  # explains how to start it
     blueprint = draw_up(config, describe(config))
     run, checkpoint = choose_start(config, config.checkpoint.resume)
     job = _job(blueprint, run, checkpoint, stop)
@@ -87,12 +87,12 @@ def train(
 def _train_rank(
     config: Config, open_display: Callable[[Blueprint, Path], Display], stop: threading.Event
 ) -> Row | None:
-    me = torchrun.join()
     timeout_s = config.channel.start_timeout_s
+    me = torchrun.join(timeout_s)
     spec = torchrun.shared_spec(me, lambda: describe(config), timeout_s)
     blueprint = draw_up(config, spec)
     blueprint.world.require_size(me.world_size)
-    resume = "auto" if torchrun.num_restarts() else config.checkpoint.resume
+    resume = "auto" if me.attempt > 1 else config.checkpoint.resume
     run, checkpoint = torchrun.shared_start(me, lambda: choose_start(config, resume), timeout_s)
     job = _job(blueprint, run, checkpoint, stop)
     if not me.leads:

@@ -75,6 +75,13 @@ def test_torchrun_equals_serial(serial: Serial, tmp_path: Path, model: str, stag
     assert_equal_runs(folder, serial(model, stages))
 
 
+@pytest.mark.parametrize("launcher", ["threads", "local"])
+def test_links_with_delay_and_jitter_equal_serial(serial: Serial, tmp_path: Path, launcher: str) -> None:
+    channel = {"delay_s": 0.1, "jitter_s": 0.1, "capacity": 2}
+    config = tiny("mlp", tmp_path, pipeline={"stages": 3}, launcher={"name": launcher}, channel=channel)
+    assert_equal_runs(run(config), serial("mlp", 3))
+
+
 @pytest.mark.parametrize("codec", ["bf16", "int8"])
 def test_codecs_are_part_of_the_model_and_equal_over_launchers(tmp_path: Path, codec: str) -> None:
     def folder(name: str) -> Path:

@@ -7,16 +7,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from pipetrgl.channels.alarm import Alarm
-from pipetrgl.channels.board import Board
+from pipetrgl.channels.board import Board, StoreLostError
 from pipetrgl.channels.c10d import TCPStore
 from pipetrgl.channels.heartbeat import Heartbeat
 from pipetrgl.errors import LaunchError, LinkError
+from pipetrgl.launchers.torchrun import own_address
 from pipetrgl.stage import Stage
 from tests.equivalence.runs import run, tiny
 from tests.failure.conftest import Start
@@ -134,7 +136,59 @@ def test_a_lost_store_rings_the_alarm() -> None:
     heartbeat.stop()
 
 
+def test_a_loopback_address_is_refused_when_some_ranks_are_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "29400", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert own_address(world_size=2) == "127.0.0.1"
+    with pytest.raises(LaunchError, match="MASTER_ADDR 'localhost' for its own loopback address"):
+        own_address(world_size=4)
+
+
+class SilentStore:
+    """A store behind a cut cable: takes what it is given, and never answers."""
+
+    host, port = "10.77.0.1", 29400
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+
+    def set(self, name: str, value: str) -> None:
+        pass
+
+    def check(self, names: list[str]) -> bool:
+        self.over.wait()
+        return False
+
+
+def test_a_silent_store_rings_the_alarm_and_the_neighbours_are_named() -> None:
+    store, alarm = SilentStore(), Alarm()
+    heartbeat = Heartbeat(store, 0, {1: "stage 1 (rank 1)"}, 0.05, 0.2, alarm)
+    heartbeat.start()
+    deadline = time.monotonic() + 20
+    while not alarm.rang and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with pytest.raises(LaunchError, match="store at 10.77.0.1:29400 has given no answer for 0 s.*of stage 1 .rank 1."):
+        alarm.check()
+    heartbeat.stop()
+    store.over.set()
+
+
+def test_every_call_of_a_silent_store_has_a_deadline_and_a_boards_thread_ends_with_it() -> None:
+    store = SilentStore()
+    board = Board(store, 0.1)
+    for _ in range(2):  # the second waits behind the first
+        with pytest.raises(StoreLostError, match="no answer"):
+            board.find("worker/1")
+    before = threading.active_count()
+    store.over.set()
+    del board
+    deadline = time.monotonic() + 20
+    while threading.active_count() == before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert threading.active_count() < before
+
+
 def test_a_missing_note_is_waited_for_until_the_deadline() -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(LinkError, match="waited 0 s for stage 2 to start"):
-        Board(store).read("worker/2", 0.1, Alarm(), "stage 2 to start")
+        Board(store, 10.0).read("worker/2", 0.1, Alarm(), "stage 2 to start")
