@@ -19,16 +19,19 @@ import time
 from pathlib import Path
 
 import two_workers
-from two_workers import Turn, Worker, rate
+from two_workers import Turn, Worker, drop, rate
 
 from pipetrgl.blueprint import draw_up
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.board import Board
 from pipetrgl.channels.c10d import TCPStore
+from pipetrgl.channels.contracts import Inbox, Outbox
 from pipetrgl.config.load import load
+from pipetrgl.engine import loop
 from pipetrgl.launchers.environment import environment
 from pipetrgl.launchers.start import describe
-from pipetrgl.worker import Job
+from pipetrgl.stage import Stage
+from pipetrgl.worker import Job, build_hooks
 
 NUM_BATCHES = 42
 EVERY = 20
@@ -40,11 +43,16 @@ class SavingWorker(Worker):
     def __init__(self, rank: int, port: int, folder: Path) -> None:
         super().__init__(rank, port)
         config = load(two_workers.CONFIG, [f"checkpoint.every={EVERY}"])
-        self.jobs = {"plain": self.job, "saving": Job(draw_up(config, describe(config)), folder, {})}
+        self.job = Job(draw_up(config, describe(config)), folder, {})
+        self.saves = False
 
     def take(self, contender: str) -> list[float]:
-        self.job = self.jobs[contender]
+        self.saves = contender == "saving"
         return self._train(self.stages[self.rank], Turn(self.stream, NUM_BATCHES), self.outbox)
+
+    def _hooks(self, stage: Stage, inbox: Inbox, outbox: Outbox) -> list[loop.Hook]:
+        hooks = super()._hooks(stage, inbox, outbox)
+        return [*hooks, *build_hooks(self.job, stage, inbox, outbox, drop)[-1:]] if self.saves else hooks
 
 
 def main(rounds: int) -> None:

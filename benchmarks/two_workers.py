@@ -36,6 +36,7 @@ from pipetrgl.channels.c10d import TCPStore
 from pipetrgl.channels.contracts import Inbox, NullOutbox, Outbox
 from pipetrgl.config.load import load
 from pipetrgl.engine import loop
+from pipetrgl.engine.checkpoint import SaveCheckpoints
 from pipetrgl.engine.phases import Parallel
 from pipetrgl.launchers.environment import environment
 from pipetrgl.launchers.process import Membership, StoreLinks
@@ -149,13 +150,18 @@ class Worker:
 
     def _train(self, stage: Stage, inbox: Inbox, outbox: Outbox) -> list[float]:
         watch = Stopwatch()
-        hooks = [*build_hooks(self.job, stage, inbox, outbox, drop), watch]
+        hooks = [*self._hooks(stage, inbox, outbox), watch]
         loop.run(build_trainee(self.job, stage), inbox, outbox, Parallel(), hooks)
         return watch.times
 
+    def _hooks(self, stage: Stage, inbox: Inbox, outbox: Outbox) -> list[loop.Hook]:
+        """Those of a real run, but the saving one: the end of a turn is not the end of the stream."""
+        hooks = build_hooks(self.job, stage, inbox, outbox, drop)
+        return [hook for hook in hooks if not isinstance(hook, SaveCheckpoints)]
+
     def _train_serially(self) -> list[float]:
         inbox, watch = Turn(self.prepared[0]), Stopwatch()
-        hooks = [build_hooks(self.job, stage, inbox, NullOutbox(), drop) for stage in self.stages]
+        hooks = [self._hooks(stage, inbox, NullOutbox()) for stage in self.stages]
         trainees = [build_trainee(self.job, stage) for stage in self.stages]
         for micro_batch in inbox:
             for stage, watchers in zip(trainees, hooks, strict=True):
