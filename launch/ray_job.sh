@@ -10,8 +10,9 @@
 # RUNTIME_ENV  a JSON runtime environment that installs them, such as '{"pip": ["torch==2.13.0", "pydantic", ...]}'.
 # Ctrl-C or SIGTERM stop the job: the trainer then has STOP_S seconds to write its checkpoint.
 #
-# Run here: Ray 2.60 on one node, with a stand-in for the trainer: its exit codes 0 and 4, a missing interpreter (127),
-# SIGTERM (130), no cluster (1). Never run: a cluster on other machines, RUNTIME_ENV with packages.
+# Run here, Ray 2.60 on one node: a whole training (0) and a wrong config (2) by tests/launchers/test_ray_job.py; with a
+# stand-in for the trainer its exit code 4, a missing interpreter (127), SIGTERM (130), no cluster (1). Never run: a
+# cluster on other machines, RUNTIME_ENV with packages.
 set -euo pipefail
 config=${1:?usage: RUN_FOLDER=/shared/runs launch/ray_job.sh CONFIG [key=value ...]}
 shift

@@ -24,6 +24,17 @@ Sink = Callable[[Row], None]
 
 logger = logging.getLogger(__name__)
 
+NUMBERS = {
+    "step": "Optimizer steps that the stage has reported.",
+    "local_loss": "Mean local loss since the last row.",
+    "task_loss": "Mean cross-entropy since the last row.",
+    "transport_cost": "Mean transport cost since the last row, not weighted.",
+    "accuracy": "Of the stage's head on training rows.",
+    "images_per_s": "Training images per second of the stage.",
+    "wait_share": "Share of the time that the stage waited for input or to send.",
+}
+"""The single numbers of a train row that are worth a curve, for dashboards."""
+
 
 @final
 class TrainMetrics:

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from ray.util.metrics import Counter, Gauge
 
-from pipetrgl.engine.metrics import Row, Sink
+from pipetrgl.engine.metrics import NUMBERS, Row, Sink
 
-_GAUGES = {
-    "step": "Optimizer steps that the stage has reported.",
-    "local_loss": "Mean local loss since the last row.",
-    "task_loss": "Mean cross-entropy since the last row.",
-    "transport_cost": "Mean transport cost since the last row, not weighted.",
-    "accuracy": "Of the stage's head on training rows.",
-    "images_per_s": "Training images per second of the stage.",
-    "wait_share": "Share of the time that the stage waited for input or to send.",
-}
 _TAGS = ("run", "stage")
 
 
@@ -25,7 +16,7 @@ def gauged(sink: Sink, run: str) -> Sink:
         sink: takes every row as it is.
         run: tag of every gauge.
     """
-    gauges = {name: Gauge(f"pipetrgl_{name}", description=text, tag_keys=_TAGS) for name, text in _GAUGES.items()}
+    gauges = {name: Gauge(f"pipetrgl_{name}", description=text, tag_keys=_TAGS) for name, text in NUMBERS.items()}
     replaced = Counter("pipetrgl_replaced_stages", description="Stages that were replaced alone.", tag_keys=_TAGS)
 
     def take(row: Row) -> None:

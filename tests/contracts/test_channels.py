@@ -160,7 +160,7 @@ def test_a_tick_travels_between_activations_with_its_labels_and_flags_and_costs_
     import dataclasses
 
     both = channel(codec=CODECS[name])
-    tick = dataclasses.replace(micro_batch(1).carrying(()), closes_phase=True)
+    tick = dataclasses.replace(micro_batch(1).carrying(()), index=0, closes_phase=True)
     thread = send_all(both, [tick])
     (got,) = list(both.inbox)
     assert got.is_tick
@@ -169,7 +169,7 @@ def test_a_tick_travels_between_activations_with_its_labels_and_flags_and_costs_
     assert both.outbox.sent_bytes == 0
 
     mixed = channel(codec=CODECS[name])
-    thread = send_all(mixed, [micro_batch(0), tick, micro_batch(2)])
+    thread = send_all(mixed, [micro_batch(0), dataclasses.replace(tick, index=1), micro_batch(2)])
     assert [(got.is_tick, got.closes_phase) for got in mixed.inbox] == [(False, False), (True, True), (False, False)]
     thread.join()
 
