@@ -126,6 +126,9 @@ def print_result(console: Console, result: Row) -> None:
     for cells in table_rows(result):
         table.add_row(*(cell for column, cell in zip(TABLE_HEADER, cells, strict=True) if column in _RESULT_HEADER))
     console.print(table)
+    if recoveries := result["recoveries"]:
+        times = ", ".join(f"stage {one['stage']} in {one['linked_s']:.1f} s" for one in recoveries)
+        console.print(f"replaced alone: {times}", highlight=False, soft_wrap=True)
     seconds = result["train_s"]
     if seconds is not None:
         slowest = rate(result["images_per_s"])
