@@ -10,8 +10,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 quickstart: $(VENV)/.ready  ## train four stages in four worker processes on real images, about two minutes
 	$(BIN)/pipetrgl train configs/quickstart.yaml
 
+# many tests wait for processes of their own: three files at a time keep two cores busy
 test: $(VENV)/.ready-dev  ## every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 lint: $(VENV)/.ready-dev  ## style and types
 	$(BIN)/ruff check .

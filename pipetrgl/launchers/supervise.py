@@ -200,6 +200,8 @@ class Supervisor:
         """Both neighbours must be there, with their links: they hold what the replacement needs."""
         if self._released or not replaces_stages(self._job.blueprint.config):
             return False
+        if self._job.stop.is_set():  # a new stage 0 would end its stream before what stage 1 has already
+            return False
         stages = (seat.place.stage - 1, seat.place.stage + 1)
         neighbours = [other for other in self._seats if other.place.stage in stages]
         return all(other.linked and self._workers.ending(other.place.rank) is None for other in neighbours)

@@ -33,7 +33,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def environ() -> Iterator[dict[str, str]]:
     """Of a shell in which `ray job submit` reaches a head with four CPUs; the head ends with the tests."""
-    folder, port, server = tempfile.mkdtemp(prefix="ray-", dir="/tmp"), free_port(), free_port()
+    folder, port, server = tempfile.mkdtemp(prefix="ray_head-", dir="/tmp"), free_port(), free_port()
     environ = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
