@@ -36,11 +36,12 @@ from pipetrgl.channels.c10d import TCPStore
 from pipetrgl.channels.contracts import Inbox, NullOutbox, Outbox
 from pipetrgl.config.load import load
 from pipetrgl.engine import loop
-from pipetrgl.engine.checkpoint import SaveCheckpoints
 from pipetrgl.engine.phases import Parallel
+from pipetrgl.engine.saving import SaveCheckpoints
 from pipetrgl.launchers.environment import environment
-from pipetrgl.launchers.process import Membership, StoreLinks
+from pipetrgl.launchers.membership import Membership
 from pipetrgl.launchers.start import describe
+from pipetrgl.launchers.store_links import StoreLinks
 from pipetrgl.microbatch import MicroBatch
 from pipetrgl.stage import Stage, StageOutput
 from pipetrgl.worker import Job, build_hooks, build_loader, build_stage, build_trainee, configure_torch

@@ -16,7 +16,7 @@ from pipetrgl.blueprint import Blueprint, draw_up
 from pipetrgl.config.load import json_schema, load
 from pipetrgl.console import Progress, print_result
 from pipetrgl.errors import ConfigError, Interrupted, PipetrglError
-from pipetrgl.launchers.process import stop_on_signals
+from pipetrgl.launchers.signals import stop_on_signals
 from pipetrgl.launchers.start import describe
 from pipetrgl.launchers.start import train as start_training
 from pipetrgl.studies.report import write_report

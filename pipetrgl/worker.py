@@ -21,7 +21,7 @@ from pipetrgl.data import catalogue
 from pipetrgl.data.dataset import Dataset
 from pipetrgl.data.loader import Loader
 from pipetrgl.engine import loop
-from pipetrgl.engine.checkpoint import Checkpoint, SaveCheckpoints, SaveSchedule
+from pipetrgl.engine.checkpoint import Checkpoint
 from pipetrgl.engine.evaluate import Evaluation
 from pipetrgl.engine.faults import rehearse
 from pipetrgl.engine.guard import StabilityGuard
@@ -31,6 +31,7 @@ from pipetrgl.engine.metrics import Sink, TrainMetrics
 from pipetrgl.engine.nonfinite import watch
 from pipetrgl.engine.phases import Parallel, Plan, plan_of
 from pipetrgl.engine.pulse import Pulse, PulsedStage
+from pipetrgl.engine.saving import SaveCheckpoints, SaveSchedule
 from pipetrgl.engine.trace import Trace, TracedInbox, TracedOutbox, TracedStage, TraceHook
 from pipetrgl.memory import keep_freed_memory, peak_rss_bytes
 from pipetrgl.models import stochastic

@@ -26,15 +26,11 @@ from pipetrgl.config.load import dump
 from pipetrgl.engine.checkpoint import Checkpoint, newest_complete, step_folder
 from pipetrgl.engine.metrics import Row, Sink
 from pipetrgl.errors import ConfigError, LaunchError, LinkError, ReplayGapError, StalledError
-from pipetrgl.launchers.process import (
-    Collector,
-    account_of,
-    failure_note,
-    name_of,
-    release,
-    replaces_stages,
-    share_stop,
-)
+from pipetrgl.launchers.accounts import account_of, failure_note
+from pipetrgl.launchers.membership import name_of
+from pipetrgl.launchers.rows import Collector
+from pipetrgl.launchers.signals import release, share_stop
+from pipetrgl.launchers.store_links import replaces_stages
 from pipetrgl.worker import Job
 from pipetrgl.world import Place
 

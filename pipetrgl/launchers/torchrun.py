@@ -24,7 +24,9 @@ from pipetrgl.data.dataset import DataSpec
 from pipetrgl.engine.checkpoint import Checkpoint
 from pipetrgl.engine.metrics import Sink
 from pipetrgl.errors import LaunchError, LinkError
-from pipetrgl.launchers.process import Collector, Membership, device_of, name_of, run_process
+from pipetrgl.launchers.membership import Membership, name_of
+from pipetrgl.launchers.process import device_of, run_process
+from pipetrgl.launchers.rows import Collector
 from pipetrgl.logs import log_to_stderr
 from pipetrgl.worker import Job
 

@@ -18,7 +18,7 @@ import torch
 from pipetrgl.blueprint import draw_up
 from pipetrgl.channels.contracts import NullOutbox
 from pipetrgl.config.load import dump
-from pipetrgl.engine import checkpoint
+from pipetrgl.engine import checkpoint, saving
 from pipetrgl.engine.checkpoint import Checkpoint, newest_complete
 from pipetrgl.engine.metrics import TrainMetrics
 from pipetrgl.errors import ConfigError, LaunchError, ModelError
@@ -28,7 +28,7 @@ from pipetrgl.worker import build_stage
 from tests.equivalence.runs import MODELS, assert_equal_runs, run, tiny
 
 LONG: dict[str, Any] = {"pipeline": {"stages": 3}, "train": {"max_steps": 300, "epochs": 30}}
-AT_THE_END = checkpoint.SaveSchedule(every=0, final=True, total_steps=0)
+AT_THE_END = saving.SaveSchedule(every=0, final=True, total_steps=0)
 ADAM = {"name": "adamw", "lr": 0.01}
 
 
@@ -349,7 +349,7 @@ def test_weights_that_are_not_finite_make_no_checkpoint(tmp_path: Path) -> None:
     next(iter(stage.state().values())).fill_(float("nan"))
     rows: list[dict[str, Any]] = []
     metrics = TrainMetrics(stage, _NoInbox(), NullOutbox(), rows.append, 5)
-    checkpoint.SaveCheckpoints(stage, metrics, NullOutbox(), tmp_path, rows.append, AT_THE_END).close()
+    saving.SaveCheckpoints(stage, metrics, NullOutbox(), tmp_path, rows.append, AT_THE_END).close()
     assert rows == [{"kind": "last", "stage": 0, "step": 0}]  # the stream's end, and no file
     assert not (tmp_path / "checkpoints").exists()
 
@@ -357,14 +357,14 @@ def test_weights_that_are_not_finite_make_no_checkpoint(tmp_path: Path) -> None:
 def test_a_disk_that_is_full_stops_no_training_and_leaves_the_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = checkpoint.write_atomically
+    write = saving.write_atomically
 
     def full(path: Path, content: bytes) -> str:
         if path.parent.name == "step-14":
             raise OSError(28, "No space left on device")
         return write(path, content)
 
-    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    monkeypatch.setattr(saving, "write_atomically", full)
     options: dict[str, Any] = {"pipeline": {"stages": 2}, "launcher": {"name": "threads"}, "train": {"max_steps": 15}}
     folder = run(tiny("mlp", tmp_path, checkpoint={"every": 7}, run={"save_final": False}, **options))
     assert json.loads((folder / "result.json").read_text())["num_steps"] == 15
@@ -376,13 +376,13 @@ def test_a_disk_that_is_full_stops_no_training_and_leaves_the_good_checkpoint(
 def test_a_change_right_after_the_save_does_not_reach_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
-    gate, write = threading.Event(), checkpoint.write_atomically
-    monkeypatch.setattr(checkpoint, "write_atomically", lambda *given: (gate.wait(20), write(*given))[1])
+    gate, write = threading.Event(), saving.write_atomically
+    monkeypatch.setattr(saving, "write_atomically", lambda *given: (gate.wait(20), write(*given))[1])
     config = tiny("mlp", tmp_path, pipeline={"stages": 1})
     stage = build_stage(draw_up(config, describe(config)), 0, torch.device("cpu"))
     rows: list[dict[str, Any]] = []
     metrics = TrainMetrics(stage, _NoInbox(), NullOutbox(), rows.append, 5)
-    saver = checkpoint.SaveCheckpoints(stage, metrics, NullOutbox(), tmp_path, rows.append, AT_THE_END)
+    saver = saving.SaveCheckpoints(stage, metrics, NullOutbox(), tmp_path, rows.append, AT_THE_END)
     before = {name: tensor.clone() for name, tensor in stage.state().items()}
     closing = threading.Thread(target=saver.close)
     closing.start()

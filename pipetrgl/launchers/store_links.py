@@ -1,0 +1,93 @@
+"""A worker's links over torch.distributed, opened through the run's store."""
+
+from __future__ import annotations
+
+import socket
+from typing import final
+
+import torch
+
+from pipetrgl.channels.alarm import Alarm
+from pipetrgl.channels.board import Board
+from pipetrgl.channels.codecs import CODECS
+from pipetrgl.channels.connect import Connector
+from pipetrgl.channels.contracts import Inbox, Outbox
+from pipetrgl.channels.link import LinkTerms
+from pipetrgl.channels.peer import Hello, Site
+from pipetrgl.channels.wire import TensorSpec, label_words
+from pipetrgl.config.schema import Config
+from pipetrgl.launchers.membership import Membership, name_of
+from pipetrgl.seeds import derive
+from pipetrgl.worker import Job
+
+_LEAST_REPLACEMENT_S = 10.0
+
+
+@final
+class StoreLinks:
+    """Links over torch.distributed, opened through the run's store."""
+
+    def __init__(self, job: Job, member: Membership, board: Board, alarm: Alarm) -> None:
+        blueprint = self._blueprint = job.blueprint
+        self._run_id = derive(0, blueprint.config_hash, job.run.name)
+        self._member = member
+        hello = Hello(
+            rank=member.place.rank,
+            name=name_of(member.place),
+            host=socket.gethostname(),
+            device=member.device.type,
+            config=blueprint.config_hash,
+            incarnation=member.incarnation,
+        )
+        hello.post(board)
+        self._first_index = blueprint.itinerary.first_index(job.first_step)
+        channel = blueprint.config.channel
+        site = Site(board, hello, member.address, channel.start_timeout_s, alarm, _replacement_s(job, member))
+        self._connector = Connector(site, channel.log_bytes)
+
+    @property
+    def clock_offset_s(self) -> float:
+        return self._connector.clock_offset_s
+
+    def look(self, board: Board) -> None:
+        """Notice replaced neighbours, through the heartbeat's client of the store."""
+        self._connector.look(board)
+
+    def close(self) -> None:
+        """End the links' threads; nobody will be replaced any more."""
+        self._connector.close()
+
+    def inbox(self, stage: int) -> Inbox:
+        expected = [TensorSpec(self._blueprint.input_shape(stage), torch.float32)]
+        peer = self._blueprint.world.rank(stage - 1)
+        return self._connector.inbox(peer, self._terms(stage - 1), expected, self._member.device, self._first_index)
+
+    def outbox(self, stage: int) -> Outbox:
+        peer = self._blueprint.world.rank(stage + 1)
+        return self._connector.outbox(peer, self._terms(stage), self._member.device)
+
+    def _terms(self, sender: int) -> LinkTerms:
+        channel, world = self._blueprint.config.channel, self._blueprint.world
+        return LinkTerms(
+            run_id=self._run_id,
+            capacity=channel.capacity,
+            codec=CODECS[channel.codec],
+            label_words=label_words(self._blueprint.max_rows),
+            timeout_s=channel.wait_timeout_s,
+            sender=name_of(world.place(world.rank(sender))),
+            receiver=name_of(world.place(world.rank(sender + 1))),
+        )
+
+
+def _replacement_s(job: Job, member: Membership) -> float | None:
+    """How long to wait for word of a replacement when a neighbour is lost; None where stages are not replaced."""
+    config = job.blueprint.config
+    if not (member.supervised and replaces_stages(config)):
+        return None
+    return max(_LEAST_REPLACEMENT_S, 2 * config.channel.heartbeat_timeout_s)
+
+
+def replaces_stages(config: Config) -> bool:
+    """Whether a worker that dies is replaced alone. Never on a GPU: NCCL has no way to give up one broken pair."""
+    launcher = config.launcher
+    return launcher.restart == "stage" and launcher.max_failures > 0 and config.pipeline.device == "cpu"
