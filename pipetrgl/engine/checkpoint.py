@@ -1,10 +1,9 @@
-"""Checkpoints: each stage saves when the closing micro-batch of a chosen step has passed, without a barrier.
+"""Checkpoints on disk: which are complete and undamaged, and how a stage goes on from one.
 
     checkpoints/step-752/stage-0.safetensors ... stage-3.safetensors manifest.json
 
-Data flows one way and in order, so the files of one step are a consistent cut: nothing in flight belongs to it. Keys
-are names of the network, so another number of stages or other cuts can read them. The manifest comes last and makes
-the checkpoint complete.
+Keys are names of the network, so another number of stages or other cuts can read them. The manifest comes last and
+makes the checkpoint complete. How they are written: engine/saving.py.
 """
 
 from __future__ import annotations
