@@ -46,7 +46,7 @@ STEPS = 576  # that each order takes at least
 LAUNCHERS = ("local", "torchrun", "ray")
 STRIKES = ("one", "one", "one", "one", "two", "all", "lead", "stop")
 DEADLINE_S = 900
-STRIKES_PER_RUN = 4
+STRIKES_PER_RUN = 6
 
 
 def sections(order: str) -> dict[str, Any]:

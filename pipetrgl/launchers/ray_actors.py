@@ -8,6 +8,7 @@ Activations travel over the same torch.distributed links as everywhere, never th
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import secrets
@@ -17,7 +18,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, final
@@ -198,14 +199,18 @@ def _cluster(config: Config) -> Iterator[None]:
     address = config.launcher.ray.address or os.environ.get("RAY_ADDRESS") or "local"
     with _own_session(config) if address == "local" else _session_at(address) as options:
         try:
-            with _handlers_kept():
-                ray.init(log_to_driver=False, configure_logging=False, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise LaunchError(f"launcher.ray.address: cannot join Ray at '{address}': {error}") from error
-        try:
+            _join(address, options)
             yield
         finally:
             ray.shutdown()  # before cli.main leaves by os._exit, which would leave Ray's agents behind
+
+
+def _join(address: str, options: Mapping[str, Any]) -> None:
+    try:
+        with _handlers_kept():
+            ray.init(log_to_driver=False, configure_logging=False, **options)
+    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+        raise LaunchError(f"launcher.ray.address: cannot join Ray at '{address}': {error}") from error
 
 
 @contextlib.contextmanager
@@ -233,7 +238,7 @@ def _own_session(config: Config) -> Iterator[dict[str, Any]]:
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: the path of a socket may hold 107 bytes
     makes_token = _TOKEN not in os.environ
     if makes_token:
-        os.environ[_TOKEN] = secrets.token_hex(32)
+        os.environ[_TOKEN] = _own_token()
     try:
         yield {
             "address": "local",
@@ -247,6 +252,12 @@ def _own_session(config: Config) -> Iterator[dict[str, Any]]:
         if makes_token:
             del os.environ[_TOKEN]
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@functools.cache
+def _own_token() -> str:
+    """One for the life of this process: Ray keeps the first that it reads, also for a second session."""
+    return secrets.token_hex(32)
 
 
 @contextlib.contextmanager

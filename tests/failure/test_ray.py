@@ -61,6 +61,20 @@ def test_on_ray_a_killed_actor_is_replaced_alone_and_nothing_is_left_behind(star
     assert traces_of_ray() == before
 
 
+def test_on_ray_two_neighbours_that_die_together_start_the_whole_run_again(start: Start, undisturbed: Path) -> None:
+    before = traces_of_ray()
+    pipeline = start("launcher=ray", "launcher.max_failures=1", **FOUR)
+    pipeline.wait_for_step(60, stage=3)
+    pids = pipeline.workers()
+    for stage in (1, 2):
+        pipeline.kill(stage)
+    assert pipeline.finish()[0] == 0
+    assert not set(pids.values()) & {stage["pid"] for stage in pipeline.result()["stages"]}
+    assert "starting all workers again from step" in pipeline.rows("log")[-1]["message"]
+    assert_equal_runs(without_logs(pipeline.run), undisturbed)
+    assert traces_of_ray() == before
+
+
 def test_sigterm_to_the_driver_saves_and_the_run_goes_on_elsewhere(start: Start, undisturbed: Path) -> None:
     pipeline = start("launcher=ray", **FOUR)
     pipeline.wait_for_step(50, stage=3)
