@@ -1,4 +1,4 @@
-"""The command line: `pipetrgl train`, `validate`, `schema` and `report`."""
+"""The command line: `pipetrgl train`, `validate`, `memory`, `schema` and `report`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from pipetrgl.errors import ConfigError, Interrupted, PipetrglError
 from pipetrgl.launchers.signals import stop_on_signals
 from pipetrgl.launchers.start import describe
 from pipetrgl.launchers.start import train as start_training
+from pipetrgl.studies.footprint import footprint, table
+from pipetrgl.studies.peaks import peak_rss, peak_rss_end_to_end
 from pipetrgl.studies.report import write_report
 
 app = typer.Typer(
@@ -55,6 +57,23 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     settings = load(config, overrides or [])
     blueprint = draw_up(settings, describe(settings))
     print(outline(blueprint))
+
+
+@app.command()
+def memory(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    micro_batches: Annotated[int | None, typer.Option(min=1, help="M of GPipe and 1F1B; unset: K.")] = None,
+    measure: Annotated[bool, typer.Option(help="Also start the workers, and print the peak RSS of each.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of --measure.")] = 8,
+) -> None:
+    """Count the bytes of every stage against end-to-end training, GPipe and 1F1B; see docs/memory.md."""
+    settings = load(config, overrides or [])
+    counted = footprint(settings, describe(settings), micro_batches)
+    if not measure:
+        print(table(counted))
+        return
+    print(table(counted, (*peak_rss(settings, steps), peak_rss_end_to_end(settings, steps))))
 
 
 @app.command()

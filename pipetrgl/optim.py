@@ -67,4 +67,5 @@ def _cosine_between(start: float, end: float, share: float) -> float:
 
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:
-    return parameter.ndim > 1 and "pos_embedding" not in name and "class_token" not in name
+    table = any(part in name for part in ("pos_embed", "position_bias", "class_token", "cls_token", "dist_token"))
+    return parameter.ndim > 1 and not table

@@ -11,6 +11,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 StepSize = Annotated[float, Field(gt=0, allow_inf_nan=True)]
 Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
+Foreign = Annotated[str, Field(pattern=r"^(torchvision|timm):.")]
 Seconds = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -88,8 +89,8 @@ class InitConfig(Section):
 class ModelConfig(Section):
     """The network and where it is cut."""
 
-    name: Literal["resnet", "resnet_preact", "vgg", "mlp", "vit"] = "resnet"
-    """Family."""
+    name: Literal["resnet", "resnet_preact", "vgg", "mlp", "vit"] | Foreign = "resnet"
+    """Family; or another library's classifier, such as torchvision:swin_t or timm:vit_tiny_patch16_224."""
     depth: Positive = 14
     """resnet: 6n + 2 (stem cifar16) or 18, 34, 50, 101, 152; resnet_preact, mlp, vit: blocks; vgg: 11, 13, 16, 19."""
     stem: Literal["cifar16", "cifar", "imagenet", "tiny_imagenet"] = "cifar16"

@@ -9,6 +9,10 @@ from pipetrgl.config.schema import InitConfig
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
 POSITION_STD = 0.02
+ZEROS = ("bias", "in_proj_bias", "class_token", "cls_token", "dist_token", "reg_token")
+POSITIONS = ("pos_embedding", "pos_embed", "relative_position_bias_table")
+SCALES = ("layer_scale", "gamma")
+"""Of a residual branch, in adopted blocks; they start where the block's builder put them."""
 
 
 @torch.no_grad()
@@ -16,7 +20,7 @@ def initialise(module: nn.Module, config: InitConfig, generator: torch.Generator
     """Overwrite every parameter, and reset running statistics.
 
     Convolution and linear weights follow `config`; biases start at 0, normalisation at 1 and 0, class tokens at 0,
-    position tables at N(0, 0.02).
+    position tables at N(0, 0.02); scales of residual branches stay as they are.
 
     Args:
         module: a block or a head on the CPU in float32, so that its weights do not depend on the device.
@@ -36,12 +40,19 @@ def initialise(module: nn.Module, config: InitConfig, generator: torch.Generator
                 # Query, key and value are three linear layers in one tensor, and start as three.
                 for projection in parameter.chunk(3):
                     _draw(projection, config, generator)
-            elif name in ("bias", "in_proj_bias", "class_token"):
+            elif name in ZEROS:
                 parameter.zero_()
-            elif name == "pos_embedding":
+            elif name in POSITIONS:
                 parameter.normal_(std=POSITION_STD, generator=generator)
-            else:
+            elif name not in SCALES:
                 raise AssertionError(f"no start value for '{owner_name}.{name}' of {type(owner).__name__}")
+
+
+def initialised(owner: nn.Module, name: str) -> bool:
+    """Whether `initialise` knows how the parameter `name` of `owner` starts."""
+    weights = isinstance(owner, (nn.Conv2d, nn.Linear)) and name == "weight"
+    known = (*ZEROS, *POSITIONS, *SCALES, "in_proj_weight")
+    return isinstance(owner, NORMS) or weights or name in known
 
 
 def _draw(weight: Tensor, config: InitConfig, generator: torch.Generator) -> None:

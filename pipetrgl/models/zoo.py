@@ -9,7 +9,7 @@ import torch
 from pipetrgl.blocks import BlockOutput, BlockSpec, Network
 from pipetrgl.config.schema import ModelConfig
 from pipetrgl.errors import ModelError
-from pipetrgl.models import mlp, resnet, resnet_preact, vgg, vit
+from pipetrgl.models import mlp, resnet, resnet_preact, timm_models, torchvision_models, vgg, vit
 
 Builder = Callable[[ModelConfig, tuple[int, ...], int, str], Network]
 
@@ -21,6 +21,12 @@ FAMILIES: dict[str, tuple[Builder, frozenset[str]]] = {
     "vit": (vit.build, frozenset({"width", "patch", "num_heads", "dropout", "drop_path"})),
 }
 """Each family's builder, and those of the options below that it uses."""
+
+LIBRARIES: dict[str, tuple[Builder, frozenset[str]]] = {
+    "torchvision": (torchvision_models.build, frozenset()),
+    "timm": (timm_models.build, frozenset({"drop_path"})),
+}
+"""The same for other libraries' models, `model.name: library:model`."""
 
 OPTIONS = ("stem", "width", "batch_norm", "patch", "num_heads", "dropout", "drop_path")
 
@@ -39,8 +45,9 @@ def build(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, i
             network with a branch that does not end in BatchNorm.
     """
     assert impl in ("auto", "autograd", "batchnorm"), impl
-    make, used = FAMILIES[config.name]
-    for option in OPTIONS:
+    library, _, theirs = config.name.partition(":")
+    make, used = LIBRARIES[library] if theirs else FAMILIES[config.name]
+    for option in (*OPTIONS, "depth") if theirs else OPTIONS:
         if option not in used and getattr(config, option) != ModelConfig.model_fields[option].default:
             raise ModelError(f"model.{option}: has no effect on a {config.name}; remove it.")
     if config.name != "mlp" and len(input_shape) != 3:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipetrgl.models.batchnorm import BatchNorm2d
+from pipetrgl.studies.saved import SavedBytes
 
 TRIPLE = tuple[Tensor, Tensor, Tensor]
 
@@ -84,23 +85,15 @@ def test_cost_alone_gives_gradients() -> None:
 
 
 def saved_bytes(norm: nn.BatchNorm2d, z: Tensor, identity: bool) -> int:
-    """Bytes kept for the backward pass, without parameters and buffers."""
-    owned = {t.data_ptr() for t in (*norm.parameters(), *norm.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.data_ptr() not in owned:
-            kept[t.data_ptr()] = t.numel() * t.element_size()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    """Bytes kept for the backward pass, z included, without parameters and buffers."""
+    with SavedBytes([*norm.parameters(), *norm.buffers()]) as saved:
         if identity:
             assert isinstance(norm, BatchNorm2d)
             graph = norm.with_mean_square(z)
             assert graph[1].grad_fn is not None
         else:
             assert norm(z).grad_fn is not None
-    return sum(kept.values())
+    return saved.total
 
 
 def test_it_saves_the_bytes_that_plain_batchnorm_saves() -> None:

@@ -1,0 +1,307 @@
+"""The memory of every stage, counted byte by byte, beside end-to-end training, GPipe and 1F1B.
+
+    TRGL, VanGL      stage k keeps         saved(blocks of k, head k)      of one micro-batch of b = B / accumulate rows
+    end-to-end       its one worker keeps  saved(all blocks, last head)    of one micro-batch of b rows
+    GPipe            stage k keeps         input(k) + saved(blocks of k)   of all M micro-batches of B / M rows
+    1F1B             stage k keeps         input(k) + saved(blocks of k)   of min(M, K - k) of them
+
+B: rows of a step. saved: see `SavedBytes`. input: what a stage of GPipe or 1F1B received, which it needs again in its
+backward pass (stage 0: nothing, for its input is the data). The last stage of GPipe and 1F1B also keeps saved(last
+head). Sources: Huang et al., arXiv 1811.06965; Narayanan et al., arXiv 2104.04473, section 2.2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipetrgl.blueprint import Blueprint, draw_up
+from pipetrgl.channels.codecs import CODECS, Plain, encode
+from pipetrgl.config.schema import Config, TransportConfig
+from pipetrgl.data.dataset import DataSpec
+from pipetrgl.microbatch import MicroBatch, Split
+from pipetrgl.stage import Stage
+from pipetrgl.studies.saved import SavedBytes
+from pipetrgl.worker import build_stage
+
+_CPU = torch.device("cpu")
+_FEW_ROWS = (2, 3, 5)
+"""Rows of the counts that a line is laid through; BatchNorm needs two."""
+
+
+@dataclass(frozen=True)
+class StageFootprint:
+    """Bytes of one stage, or of end-to-end training.
+
+    Attributes:
+        span: first and last block.
+        vangl, identity, stored: saved activations without the transport cost, with it by the BatchNorm identity where
+            there is one (`impl: auto`), and with every residual kept (`impl: autograd`); for end-to-end training all
+            three, and those of GPipe and 1F1B, are its own.
+        gpipe, one_f_one_b: saved activations of the same blocks in those schedules.
+        parameters: of blocks and head; their gradients take as much again.
+        optimizer: what the optimizer remembers.
+        links: the inbox's slots (of stage 0: the loader's batches), and the one micro-batch that is being sent.
+    """
+
+    span: str
+    vangl: int
+    identity: int
+    stored: int
+    gpipe: int
+    one_f_one_b: int
+    parameters: int
+    optimizer: int
+    links: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of a whole run.
+
+    Attributes:
+        network: its name.
+        rows: of a training micro-batch.
+        num_micro_batches: M, of GPipe and 1F1B.
+        end_to_end: the same blocks with one loss at the last head, in one worker.
+    """
+
+    network: str
+    rows: int
+    num_micro_batches: int
+    end_to_end: StageFootprint
+    stages: tuple[StageFootprint, ...]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Saved-activation bytes of one stage, of its blocks and of its head with the loss."""
+
+    blocks: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.blocks + self.head
+
+
+def footprint(config: Config, spec: DataSpec, num_micro_batches: int | None = None) -> Footprint:
+    """Count on the CPU: forward passes of a few rows, no backward pass.
+
+    Args:
+        config: of the run; objective.name, tau and impl are replaced by those of each column.
+        spec: of its data.
+        num_micro_batches: M; None is K, the least that keeps every stage of GPipe busy.
+    """
+    variants = tuple(_variant(config, spec, name) for name in ("vangl", "identity", "stored"))
+    num_micro = num_micro_batches or config.pipeline.stages
+    stages = tuple(_stage_footprint(variants, k, num_micro) for k in range(config.pipeline.stages))
+    name, rows = variants[0].network.name, _training_rows(config)
+    return Footprint(name, rows, num_micro, _end_to_end(variants[0]), stages)
+
+
+def _stage_footprint(variants: Sequence[Blueprint], k: int, num_micro_batches: int) -> StageFootprint:
+    vangl, identity, stored = variants
+    rows, share = _training_rows(vangl.config), math.ceil(vangl.config.train.batch / num_micro_batches)
+    last = k == vangl.num_stages - 1
+    stage = build_stage(vangl, k, _CPU)
+    count = _counter(stage, vangl.input_shape(k))
+    piped = count(share).total if last else count(share).blocks
+    if k > 0:
+        piped += _bytes_of((share, *vangl.input_shape(k)))
+    return StageFootprint(
+        span=stage.span,
+        vangl=count(rows).total,
+        identity=count_saved(identity, k, rows).total,
+        stored=count_saved(stored, k, rows).total,
+        gpipe=num_micro_batches * piped,
+        one_f_one_b=min(num_micro_batches, vangl.num_stages - k) * piped,
+        parameters=parameter_bytes(stage),
+        optimizer=optimizer_bytes(stage),
+        links=link_bytes(vangl, k),
+    )
+
+
+def undivided(blueprint: Blueprint) -> Blueprint:
+    """End-to-end training of the same blocks: one stage, whose head is the last one."""
+    return dataclasses.replace(blueprint, ranges=(range(len(blueprint.network.blocks)),))
+
+
+def count_saved(blueprint: Blueprint, stage: int, rows: int) -> Saved:
+    """What a stage saves in a forward pass of `rows` rows.
+
+    Counted at 2, 3 and 5 rows; if these lie on a line, so do all other counts, for every tensor has either a row for
+    each row of the batch or none. If they do not, it is counted at `rows` itself.
+    """
+    return _counter(build_stage(blueprint, stage, _CPU), blueprint.input_shape(stage))(rows)
+
+
+def count_at(stage: Stage, input_shape: tuple[int, ...], rows: int) -> Saved:
+    """What a stage saves, counted in a forward pass of just so many rows."""
+    micro_batch = _micro_batch(input_shape, rows)
+    assert isinstance(micro_batch.activation, torch.Tensor)
+    modules = [module for _, module in stage.named_modules()]
+    owned = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    before_head: list[int] = []
+    with SavedBytes([micro_batch.activation, micro_batch.target, *owned]) as saved:
+        handle = stage.head.register_forward_pre_hook(lambda module, inputs: before_head.append(saved.total))
+        stage.forward(micro_batch, train=True)
+        handle.remove()
+    return Saved(before_head[0], saved.total - before_head[0])
+
+
+def parameter_bytes(stage: Stage) -> int:
+    return sum(parameter.nbytes for _, parameter in stage.named_parameters())
+
+
+def optimizer_bytes(stage: Stage) -> int:
+    """What the optimizer remembers after its first update; the stage's weights are changed."""
+    for _, parameter in stage.named_parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    stage.update()
+    return sum(value.nbytes for value in stage.optimizer_state().values())
+
+
+def link_bytes(blueprint: Blueprint, stage: int) -> int:
+    """The inbox's slots, each as large as the largest micro-batch, and the one micro-batch that is being sent.
+
+    A codec other than fp32 also needs what it decoded. Stage 0's inbox is the loader with its prepared batches.
+    """
+    config, rows = blueprint.config, _largest_rows(blueprint)
+    if stage == 0:
+        received = config.data.prefetch * _bytes_of((rows, *blueprint.network.input_shape))
+    else:
+        shape = (rows, *blueprint.input_shape(stage))
+        received = config.channel.capacity * _slot_bytes(shape, config.channel.codec)
+    if stage == blueprint.num_stages - 1:
+        return received
+    return received + _encoded_bytes((rows, *blueprint.output_shape(stage)), config.channel.codec)
+
+
+def table(counted: Footprint, peaks: tuple[int, ...] | None = None) -> str:
+    """The footprint as text, in MiB; with `peaks`, measured peak RSS of every stage and then of end-to-end training."""
+    columns = ["VanGL", "TRGL", "stored r", "GPipe", "1F1B", "parameters", "optimizer", "links"]
+    whole = counted.end_to_end
+    lines = [
+        f"{counted.network}, {counted.rows} rows a micro-batch; GPipe and 1F1B: M = {counted.num_micro_batches}; MiB",
+        f"{'':12}{'saved activations (% of end-to-end)':^55}",
+        f"{'':12}" + "".join(f"{name:>{_WIDTH}}" for name in columns) + (f"{'peak RSS':>{_WIDTH}}" if peaks else ""),
+    ]
+    rows = [*((f"stage {k}", stage) for k, stage in enumerate(counted.stages)), ("end-to-end", whole)]
+    for position, (name, row) in enumerate(rows):
+        saved = (row.vangl, row.identity, row.stored, row.gpipe, row.one_f_one_b)
+        cells = [f"{_mib(value)} {100 * value / whole.vangl:3.0f} %" for value in saved]
+        cells += [_mib(value) for value in (row.parameters, row.optimizer, row.links)]
+        cells += [_mib(peaks[position])] if peaks else []
+        lines.append(f"{name:12}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells))
+    largest = {
+        name: max(getattr(stage, field) for stage in counted.stages) / whole.vangl
+        for name, field in (("VanGL", "vangl"), ("TRGL", "identity"), ("stored r", "stored"), ("1F1B", "one_f_one_b"))
+    }
+    shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in largest.items())
+    return "\n".join([*lines, f"largest stage's saved activations, of end-to-end's: {shares}"])
+
+
+_WIDTH = 15
+
+
+def _variant(config: Config, spec: DataSpec, name: str) -> Blueprint:
+    """The run with the objective of one column; tau is any finite number, for bytes do not depend on it."""
+    given = config.objective.transport
+    transport = TransportConfig(kind=given.kind, norm=given.norm, impl="autograd" if name == "stored" else "auto")
+    objective = config.objective.model_copy(
+        update={"name": "vangl" if name == "vangl" else "trgl", "transport": transport}
+    )
+    return draw_up(config.model_copy(update={"objective": objective}), spec)
+
+
+def _end_to_end(vangl: Blueprint) -> StageFootprint:
+    whole = undivided(vangl)
+    stage = build_stage(whole, 0, _CPU)
+    saved = _counter(stage, whole.input_shape(0))(_training_rows(vangl.config)).total
+    return StageFootprint(
+        span=stage.span,
+        vangl=saved,
+        identity=saved,
+        stored=saved,
+        gpipe=saved,
+        one_f_one_b=saved,
+        parameters=parameter_bytes(stage),
+        optimizer=optimizer_bytes(stage),
+        links=link_bytes(whole, 0),
+    )
+
+
+def _counter(stage: Stage, input_shape: tuple[int, ...]) -> Callable[[int], Saved]:
+    few = {rows: count_at(stage, input_shape, rows) for rows in _FEW_ROWS}
+
+    def count(rows: int) -> Saved:
+        blocks = _on_the_line({n: saved.blocks for n, saved in few.items()}, rows)
+        head = _on_the_line({n: saved.head for n, saved in few.items()}, rows)
+        if blocks is None or head is None:
+            return count_at(stage, input_shape, rows)
+        return Saved(blocks, head)
+
+    return count
+
+
+def _on_the_line(counts: dict[int, int], rows: int) -> int | None:
+    """The count at `rows` on the line through the given ones; None if there is no such line."""
+    (first, one), (second, two), (third, three) = counts.items()
+    slope, rest = divmod(two - one, second - first)
+    if rest or three - two != slope * (third - second):
+        return None
+    return one + slope * (rows - first)
+
+
+def _micro_batch(input_shape: tuple[int, ...], rows: int) -> MicroBatch:
+    generator = torch.Generator().manual_seed(0)
+    return MicroBatch(
+        activation=torch.randn(rows, *input_shape, generator=generator),
+        target=torch.zeros(rows, dtype=torch.int64),
+        positions=torch.arange(rows),
+        split=Split.TRAIN,
+        epoch=0,
+        step=0,
+        index=0,
+        row_start=0,
+        batch_rows=rows,
+        closes_step=True,
+        closes_split=False,
+    )
+
+
+def _training_rows(config: Config) -> int:
+    return math.ceil(config.train.batch / config.train.accumulate)
+
+
+def _largest_rows(blueprint: Blueprint) -> int:
+    """Of any micro-batch that the stream really carries."""
+    config, spec = blueprint.config, blueprint.spec
+    rows = [_training_rows(config)]
+    if config.evaluate.valid_every > 0 or config.evaluate.at_start:
+        rows.append(min(config.evaluate.batch, spec.num_valid))
+    if config.evaluate.test_at_end:
+        rows.append(min(config.evaluate.batch, spec.num_test))
+    return max(rows)
+
+
+def _slot_bytes(shape: tuple[int, ...], codec: str) -> int:
+    decoded = 0 if isinstance(CODECS[codec], Plain) else _bytes_of(shape)
+    return _encoded_bytes(shape, codec) + decoded
+
+
+def _encoded_bytes(shape: tuple[int, ...], codec: str) -> int:
+    return sum(part.nbytes for part in encode(CODECS[codec], torch.empty(shape, device="meta")))
+
+
+def _bytes_of(shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * torch.float32.itemsize
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f}"
