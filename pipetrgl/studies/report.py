@@ -198,7 +198,7 @@ def stagnation_line(stages: Sequence[Mapping[str, Any]]) -> str:
     index = 100 * diagnostics.stagnation(known)
     return (
         f"Stagnation index: {index:.1f} points, the validation accuracy of the best head less that of the last; "
-        "0 means that no stage is in vain at the end."
+        "0 where the last is the best."
     )
 
 
