@@ -16,6 +16,7 @@ from pipetrgl.data.itinerary import Itinerary
 from pipetrgl.errors import ModelError
 from pipetrgl.models import heads, zoo
 from pipetrgl.objective import stage_taus
+from pipetrgl.objectives import table
 from pipetrgl.partition import partition
 from pipetrgl.world import World
 
@@ -78,10 +79,16 @@ class Blueprint:
         config = self.config.model.head
         return heads.build(config.name, config.pool, self.output_shape(stage), self.spec.num_classes)
 
+    def criterion(self, stage: int) -> torch.nn.Module:
+        """What the objective makes of the stage's task loss, fresh; layers of its own are not initialised."""
+        shapes = self.input_shape(stage), self.output_shape(stage)
+        return table.build(self.config.objective, stage, self.num_stages, *shapes, self.spec.num_classes)
+
     def stage_parameters(self, stage: int) -> tuple[int, int]:
-        """Parameters of the blocks and of the head."""
+        """Parameters of the blocks, and of the head with the layers of the criterion."""
         with torch.device("meta"):
-            head = sum(parameter.numel() for parameter in self.head(stage).parameters())
+            extra = self.head(stage), self.criterion(stage)
+            head = sum(parameter.numel() for module in extra for parameter in module.parameters())
         return sum(self.num_parameters[index] for index in self.ranges[stage]), head
 
     def updates(self, num_taken: int) -> dict[str, int]:

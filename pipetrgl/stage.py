@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, final
 
 import torch
@@ -54,6 +54,7 @@ class StageParts:
     specs: Sequence[BlockSpec]
     blocks: Sequence[nn.Module]
     head: nn.Module
+    criterion: nn.Module
     objective: StageObjective
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[int], float]
@@ -80,6 +81,7 @@ class Stage:
         self.specs = tuple(parts.specs)
         self.blocks = tuple(parts.blocks)
         self.head = parts.head
+        self.criterion = parts.criterion
         self.objective = parts.objective
         self.optimizer = parts.optimizer
         self.device = parts.device
@@ -101,8 +103,10 @@ class Stage:
             micro_batch: activation (N, ...) and target (N,), on any device.
             train: train mode with graph, and dropout seeded by (seed, block, step); else eval mode without graph.
         """
-        for module in (*self.blocks, self.head):
+        for module in (*self.blocks, self.head, self.criterion):
             module.train(train)
+        z = _moved(micro_batch.activation, self.device)
+        micro_batch = micro_batch.carrying(z)
         with torch.set_grad_enabled(train):
             activation, names, costs = self._run_blocks(micro_batch, train)
             logits = self.head(activation)
@@ -110,6 +114,8 @@ class Stage:
             if train and micro_batch.row_start == 0 and self.objective.adapts:
                 self.objective.observe(logits, target, self.num_updates)
             loss = self.objective.local_loss(logits, target, costs)
+            if train:
+                loss = replace(loss, total=self.criterion(z, activation, target, loss.total))
         return StageOutput(activation, logits, loss, names)
 
     def backward(self, output: StageOutput, micro_batch: MicroBatch) -> None:
@@ -150,9 +156,10 @@ class Stage:
         return f"{self.specs[0].name}..{self.last_block}"
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Blocks by state-dict prefix, then the head; names do not depend on K."""
+        """Blocks by state-dict prefix, then the head and the criterion's own layers; names do not depend on K."""
         yield from ((spec.prefix, block) for spec, block in zip(self.specs, self.blocks, strict=True))
         yield f"heads.{self.last_block}.", self.head
+        yield f"heads.{self.last_block}.criterion.", self.criterion
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for prefix, module in self.named_modules():

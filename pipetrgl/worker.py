@@ -128,11 +128,17 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device) -> Stage
     head = blueprint.head(index)
     last = [spec.name for spec in specs if spec.counted][-1]
     initialise(head, init, torch_stream(config.seed, "head", last))
-    for module in (*blocks, head):
+    criterion = blueprint.criterion(index)  # from a stream of its own: the head's weights are every objective's
+    initialise(criterion, init, torch_stream(config.seed, "criterion", last))
+    for module in (*blocks, head, criterion):
         module.to(device)
     named = [
         (prefix + name, parameter)
-        for prefix, module in [*((spec.prefix, block) for spec, block in zip(specs, blocks, strict=True)), ("", head)]
+        for prefix, module in [
+            *((spec.prefix, block) for spec, block in zip(specs, blocks, strict=True)),
+            ("", head),
+            ("criterion.", criterion),
+        ]
         for name, parameter in module.named_parameters()
     ]
     itinerary = blueprint.itinerary
@@ -144,6 +150,7 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device) -> Stage
             specs=specs,
             blocks=blocks,
             head=head,
+            criterion=criterion,
             objective=StageObjective(config.objective, blueprint.taus[index], device),
             optimizer=optim.build(config.optim, named),
             learning_rate=functools.partial(_learning_rate, blueprint, itinerary.steps_per_epoch, own_steps),

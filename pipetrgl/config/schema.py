@@ -13,6 +13,7 @@ StepSize = Annotated[float, Field(gt=0, allow_inf_nan=True)]
 Folder = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Foreign = Annotated[str, Field(pattern=r"^(torchvision|timm):.")]
 Seconds = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -159,14 +160,45 @@ class TransportConfig(Section):
         return self
 
 
-class ObjectiveConfig(Section):
-    """The local loss of a stage: task loss + transport cost / (2 tau)."""
+class PredSimConfig(Section):
+    """The rival of arXiv 1901.06656: (1 - beta) * task loss + beta * similarity loss."""
 
-    name: Literal["trgl", "vangl"] = "trgl"
-    """trgl, or vangl: the task loss alone, the transport cost only measured."""
+    beta: Fraction = 0.99
+    """Share of the similarity loss."""
+
+
+class InfoProConfig(Section):
+    """The rival of arXiv 2101.10832: lambda_1 * reconstruction + lambda_2 * task loss in all stages but the last."""
+
+    reconstruction: Annotated[tuple[Weight, Weight], Field(strict=False)] = (1.0, 1.0)
+    """lambda_1 of stage 0 and of the last stage but one; those between lie on a straight line."""
+    task: Annotated[tuple[Weight, Weight], Field(strict=False)] = (1.0, 1.0)
+    """lambda_2, in the same way."""
+
+
+class ObjectiveConfig(Section):
+    """The local loss of a stage: task loss + transport cost / (2 tau), or a rival's."""
+
+    name: Literal["trgl", "vangl", "predsim", "infopro"] = "trgl"
+    """trgl; vangl: the task loss alone; predsim, infopro: rivals. The transport cost is measured in all of them."""
     label_smoothing: Fraction = 0.0
     """Of the cross-entropy."""
     transport: TransportConfig = TransportConfig()
+    predsim: PredSimConfig = PredSimConfig()
+    infopro: InfoProConfig = InfoProConfig()
+
+    @model_validator(mode="after")
+    def _only_where_used(self) -> ObjectiveConfig:
+        sections: dict[str, Section] = {"predsim": self.predsim, "infopro": self.infopro}
+        _raise(
+            [
+                f"{name}.{field}: only used with objective.name: {name}"
+                for name, section in sections.items()
+                if name != self.name
+                for field in sorted(section.model_fields_set)
+            ]
+        )
+        return self
 
 
 class ScheduleConfig(Section):

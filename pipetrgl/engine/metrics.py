@@ -202,9 +202,11 @@ def log_line(row: Row, num_stages: int) -> str:
     wait = "-" if row["wait_share"] is None else f"{100 * row['wait_share']:.0f} %"
     means = "every update skipped"
     if row["local_loss"] is not None:
+        more = row["local_loss"] - row["task_loss"]
+        term = "transport" if row["weight"] > 0 or more == 0 else "criterion"  # a rival's: may be below 0
         means = (
-            f"local {row['local_loss']:.3f} (task {row['task_loss']:.3f}, transport "
-            f"{row['local_loss'] - row['task_loss']:.3f}) | head acc {100 * row['accuracy']:.1f} %"
+            f"local {row['local_loss']:.3f} (task {row['task_loss']:.3f}, {term} {more:.3f}) | "
+            f"head acc {100 * row['accuracy']:.1f} %"
         )
     return (
         f"s{row['stage']}/{num_stages} r{row['replica']}/1 step {row['step']} | {means} | {rate} img/s | waited {wait}"

@@ -162,7 +162,9 @@ def _where(stage: Stage, micro_batch: MicroBatch, train: bool, output: StageOutp
     for name, cost in zip(output.cost_names, output.loss.by_block, strict=True):
         if train and not all_finite(cost):
             return f"the transport cost of block {name}"
-    return "the head" if not (all_finite(output.logits) and all_finite(output.loss.task)) else "the transport cost"
+    if not (all_finite(output.logits) and all_finite(output.loss.task)):
+        return "the head"
+    return "the transport cost" if stage.objective.regularised else "the objective's criterion"
 
 
 def _finding(stage: Stage, where: str, micro_batch: MicroBatch, train: bool, output: StageOutput) -> str:

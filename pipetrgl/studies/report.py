@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pipetrgl.errors import ConfigError
-from pipetrgl.studies import plots
+from pipetrgl.studies import diagnostics, plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,6 +39,14 @@ WORK_HEADER = [
     "peak memory",
     "parameters",
     "of the head",
+]
+ENERGY_HEADER = [
+    "stage",
+    "cross-entropy",
+    "weighted transport cost",
+    "sum",
+    "cross-entropy before",
+    "energy",
 ]
 
 
@@ -160,6 +168,38 @@ def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def energy_rows(rows: Sequence[Mapping[str, Any]], num_stages: int) -> list[list[str]]:
+    """The table of the energy under ENERGY_HEADER, from means over each stage's last epoch; empty if one has none."""
+    tasks, costs = [], []
+    for stage in range(num_stages):
+        own = [row for row in rows if row["kind"] == "train" and row["stage"] == stage and row["task_loss"] is not None]
+        last = [row for row in own if row["epoch"] == own[-1]["epoch"]]
+        if not last:
+            return []
+        tasks.append(sum(row["task_loss"] for row in last) / len(last))
+        costs.append(sum(row["weight"] * row["transport_cost"] for row in last) / len(last))
+    flags = ["rises" if rises else "falls" for rises in diagnostics.energy_rises(tasks, costs)]
+    before = [None, *tasks[:-1]]
+    columns = (range(num_stages), tasks, costs, before, [ABSENT, *flags])
+    return [
+        [str(stage), number(task), number(cost), number(task + cost), number(earlier), flag]
+        for stage, task, cost, earlier, flag in zip(*columns, strict=True)
+    ]
+
+
+def stagnation_line(stages: Sequence[Mapping[str, Any]]) -> str:
+    """The stagnation index on the validation split, explained; or why there is none."""
+    accuracies = [stage.get("valid_accuracy") for stage in stages]
+    known = [accuracy for accuracy in accuracies if accuracy is not None]
+    if not known or len(known) < len(accuracies):
+        return "Stagnation index: no validation has passed every head."
+    index = 100 * diagnostics.stagnation(known)
+    return (
+        f"Stagnation index: {index:.1f} points, the validation accuracy of the best head less that of the last; "
+        "0 where the last is the best."
+    )
 
 
 def block_range(blocks: Sequence[str]) -> str:
@@ -360,6 +400,9 @@ def _page(record: RunRecord) -> dict[str, Any]:
         "header": TABLE_HEADER,
         "colours": plots.stage_colours(record.num_stages),
         "table": table_rows(result),
+        "energy_header": ENERGY_HEADER,
+        "energy": energy_rows(record.rows, record.num_stages),
+        "stagnation": stagnation_line(stages),
         "work_header": WORK_HEADER,
         "work": _work_rows(stages),
         "config_text": record.config_text,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from pipetrgl.config.load import dump
 from pipetrgl.launchers.start import describe
 from pipetrgl.microbatch import Split
 from pipetrgl.worker import Job, build_loader, build_stage
-from tests.equivalence.runs import MODELS, assert_equal_runs, run, tiny, weights
+from tests.equivalence.runs import MODELS, assert_equal_runs, metrics, run, tiny, weights
 
 Serial = Callable[[str, int], Path]
 
@@ -110,6 +111,18 @@ def test_infinite_tau_equals_plain_greedy_learning_bit_for_bit(tmp_path: Path) -
     assert_equal_runs(infinite, vangl)
     trgl = run(tiny("resnet", tmp_path / "c", **options))
     assert any(not weights(trgl)[name].equal(tensor) for name, tensor in weights(vangl).items())
+
+
+def test_a_smaller_tau_moves_less(tmp_path: Path) -> None:
+    def costs(tau: float) -> list[float]:
+        options = {"pipeline": {"stages": 2}, "launcher": {"name": "serial"}, "optim": {"lr": 0.01}}
+        folder = run(tiny("resnet_preact", tmp_path / str(tau), objective={"transport": {"tau": tau}}, **options))
+        last = {stage: row for (kind, stage, _), row in metrics(folder).items() if kind == "train"}
+        return [last[stage]["transport_cost"] for stage in range(2)]
+
+    weak, middle, strong = costs(math.inf), costs(1.0), costs(0.1)
+    assert all(less < more for less, more in zip(strong, middle, strict=True))
+    assert all(less < more for less, more in zip(middle, weak, strict=True))
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "pipetrgl"
 FLOORS = [
     {"errors", "logs", "memory"},
     {"config", "world", "microbatch", "seeds", "blocks"},
-    {"data", "models", "partition", "objective", "stability", "optim", "channels"},
+    {"data", "models", "partition", "objective", "objectives", "stability", "optim", "channels"},
     {"stage"},
     {"engine"},
     {"blueprint", "worker", "recorder"},

@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 
 from pipetrgl.errors import ConfigError
-from pipetrgl.studies.report import ABSENT, TABLE_HEADER, duration, number, read_run, table_rows, write_report
+from pipetrgl.studies.report import (
+    ABSENT,
+    ENERGY_HEADER,
+    TABLE_HEADER,
+    duration,
+    energy_rows,
+    number,
+    read_run,
+    stagnation_line,
+    table_rows,
+    write_report,
+)
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -199,3 +210,31 @@ def test_a_folder_without_config_is_no_run_folder(tmp_path: Path) -> None:
 def test_numbers_keep_three_digits_and_durations_read_aloud() -> None:
     assert [number(value) for value in (0.0, 1.98, 0.02, float("inf"))] == ["0", "1.98", "0.0200", "inf"]
     assert [duration(value) for value in (9.04, 95.2, 7500.0)] == ["9.0 s", "1 min 35 s", "2 h 05 min"]
+
+
+def test_the_energy_is_a_mean_over_the_last_epoch_of_each_stage() -> None:
+    #  stage 0: cross-entropy (2 + 4) / 2 = 3; stage 1: 2 + 0.5 * 4 = 4, above 3; epoch 0 takes no part
+    def row(stage: int, epoch: int, task: float, cost: float, weight: float = 0.5) -> dict[str, Any]:
+        about = {"kind": "train", "stage": stage, "epoch": epoch}
+        return about | {"task_loss": task, "transport_cost": cost, "weight": weight}
+
+    rows = [row(0, 0, 9.0, 9.0), row(0, 1, 2.0, 1.0), row(0, 1, 4.0, 3.0), row(1, 0, 1.0, 0.0), row(1, 1, 2.0, 4.0)]
+    first, second = energy_rows(rows, 2)
+    assert first == ["0", "3.00", "1.00", "4.00", ABSENT, ABSENT]
+    assert second == ["1", "2.00", "2.00", "4.00", "3.00", "rises"]
+    assert len(first) == len(ENERGY_HEADER)
+    plain = [{**each, "weight": 0.0} for each in rows]  # as VanGL and the rivals write it
+    assert energy_rows(plain, 2)[1] == ["1", "2.00", "0", "2.00", "3.00", "falls"]
+    assert energy_rows(rows, 3) == []
+
+
+def test_the_stagnation_index_needs_every_head() -> None:
+    assert "12.5 points" in stagnation_line([{"valid_accuracy": 0.75}, {"valid_accuracy": 0.625}])
+    assert "no validation" in stagnation_line([{"valid_accuracy": 0.75}, {"valid_accuracy": None}])
+
+
+def test_the_diagnostics_are_explained_where_there_are_stages_to_compare(tmp_path: Path) -> None:
+    page = write_report(finished_run(tmp_path / "two")).read_text()
+    assert "Stagnation index: 0.0 points" in page
+    assert "Training means over each stage's last epoch." in page
+    assert "Diagnostics" not in write_report(finished_run(tmp_path / "one", 1)).read_text()
