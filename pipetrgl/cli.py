@@ -1,7 +1,8 @@
-"""The command line: `pipetrgl train`, `validate`, `schema` and `report`."""
+"""The command line: `pipetrgl train`, `validate`, `plan`, `schema` and `report`."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
@@ -15,10 +16,16 @@ from rich.console import Console
 from pipetrgl.blueprint import Blueprint, draw_up
 from pipetrgl.config.load import json_schema, load
 from pipetrgl.console import Progress, print_result
+from pipetrgl.engine.checkpoint import write_atomically
 from pipetrgl.errors import ConfigError, Interrupted, PipetrglError
+from pipetrgl.launchers.environment import environment
 from pipetrgl.launchers.process import stop_on_signals
 from pipetrgl.launchers.start import describe
 from pipetrgl.launchers.start import train as start_training
+from pipetrgl.studies.link_speed import measure_link
+from pipetrgl.studies.planner import Terms
+from pipetrgl.studies.planning import make_plan, summary, to_dict
+from pipetrgl.studies.profile import profile
 from pipetrgl.studies.report import write_report
 
 app = typer.Typer(
@@ -55,6 +62,35 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     settings = load(config, overrides or [])
     blueprint = draw_up(settings, describe(settings))
     print(outline(blueprint))
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    *,
+    workers: Annotated[int, typer.Option(min=1, help="Use at most so many.")],
+    out: Annotated[Path, typer.Option(help="Where the plan goes.")] = Path("plan.json"),
+    memory_mib: Annotated[float | None, typer.Option(min=1, help="Limit of each worker.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each block and head.")] = 10,
+) -> None:
+    """Profile blocks, heads and link on this machine, and find the cuts whose slowest stage is fastest."""
+    settings = load(config, overrides or [])
+    spec, capacity = describe(settings), settings.channel.capacity
+    terms = Terms(
+        workers=workers,
+        link=measure_link(repeats=5, capacity=capacity),
+        capacity=capacity,
+        accumulate=settings.train.accumulate,
+        memory_bytes=None if memory_mib is None else int(memory_mib * 2**20),
+    )
+    made = make_plan(profile(settings, spec, repeats), terms)
+    print(summary(made))
+    try:
+        write_atomically(out, (json.dumps(to_dict(made, environment()), indent=2) + "\n").encode())
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write to '{out}': {error.strerror}") from error
+    print(f"plan: {out}")
 
 
 @app.command()

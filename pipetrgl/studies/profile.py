@@ -11,6 +11,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -41,7 +42,26 @@ class _Door(nn.Module):
         return BlockOutput(x.detach().requires_grad_(torch.is_grad_enabled()))
 
 
-def profile(config: Config, spec: DataSpec, repeats: int) -> tuple[UnitCost, ...]:
+@final
+@dataclass(frozen=True)
+class Profile:
+    """A network as measured.
+
+    Attributes:
+        network: its name.
+        rows: of the micro-batch.
+        units: in forward order.
+        cpu_share: processor time / wall time of the measurement, for one thread on a CPU: below 1 where others worked
+            on this machine, and the times are as much too long; None elsewhere.
+    """
+
+    network: str
+    rows: int
+    units: tuple[UnitCost, ...]
+    cpu_share: float | None
+
+
+def profile(config: Config, spec: DataSpec, repeats: int) -> Profile:
     """Measure on random rows, `train.threads` intra-op threads; medians of `repeats` steps after a warm-up.
 
     Args:
@@ -59,10 +79,13 @@ def profile(config: Config, spec: DataSpec, repeats: int) -> tuple[UnitCost, ...
     ranges = partition(whole.network.blocks, num_units, "even", whole.num_parameters)
     activation = torch.randn(_rows(config), *spec.image_shape, generator=torch_stream(config.seed, "profile"))
     units = []
+    wall, processor = time.perf_counter(), time.process_time()
     for blocks in ranges:
         unit, activation = _measure(whole, blocks, activation, repeats)
         units.append(unit)
-    return tuple(units)
+    share = (time.process_time() - processor) / (time.perf_counter() - wall)
+    alone = config.pipeline.device == "cpu" and config.train.threads == 1
+    return Profile(whole.network.name, _rows(config), tuple(units), share if alone else None)
 
 
 def _in_one_stage(config: Config) -> Config:
@@ -71,6 +94,7 @@ def _in_one_stage(config: Config) -> Config:
     transport = config.objective.transport.model_copy(update={"tau": min(tau) if isinstance(tau, list) else tau})
     return config.model_copy(
         update={
+            "plan": None,
             "model": config.model.model_copy(update={"cuts": "even"}),
             "pipeline": config.pipeline.model_copy(update={"stages": 1}),
             "objective": config.objective.model_copy(update={"transport": transport}),
