@@ -1,4 +1,4 @@
-"""The command line: `pipetrgl train`, `validate`, `plan`, `schema` and `report`."""
+"""The command line: `pipetrgl train`, `validate`, `plan`, `simulate`, `schema` and `report`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from pipetrgl.launchers.environment import environment
 from pipetrgl.launchers.process import stop_on_signals
 from pipetrgl.launchers.start import describe
 from pipetrgl.launchers.start import train as start_training
+from pipetrgl.studies import what_if
 from pipetrgl.studies.link_speed import measure_link
 from pipetrgl.studies.planner import Terms
 from pipetrgl.studies.planning import make_plan, summary, to_dict
+from pipetrgl.studies.planning import read as read_plan
 from pipetrgl.studies.profile import profile
 from pipetrgl.studies.report import write_report
 
@@ -91,6 +93,25 @@ def plan(
     except OSError as error:
         raise ConfigError(f"--out: cannot write to '{out}': {error.strerror}") from error
     print(f"plan: {out}")
+
+
+@app.command()
+def simulate(
+    plan: Annotated[Path, typer.Argument(help="A plan.json.")],
+    *,
+    workers: Annotated[int | None, typer.Option(min=1, help="Plan anew for so many, from the plan's profile.")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="The stages so many times in a row: a deeper network.")] = 1,
+    capacity: Annotated[int | None, typer.Option(min=1, help="Slots of each link.")] = None,
+    batches: Annotated[int, typer.Option(min=2, help="Micro-batches.")] = 1000,
+    link_gbps: Annotated[
+        float | None, typer.Option(min=1e-6, help="Bandwidth of each link, gigabits a second.")
+    ] = None,
+    jitter: Annotated[float, typer.Option(min=0, max=0.99, help="Times vary by this share, evenly drawn.")] = 0.0,
+    straggler: Annotated[list[str] | None, typer.Option(help="stage:factor, 3:1.5 makes stage 3 slower.")] = None,
+) -> None:
+    """Say what the stages of a plan would give on other links or with other workers; trains nothing."""
+    changes = what_if.Changes(workers, repeat, capacity, link_gbps, jitter, tuple(straggler or ()))
+    print(what_if.answer(read_plan(plan), batches, changes))
 
 
 @app.command()

@@ -82,7 +82,7 @@ def plan(units: Sequence[UnitCost], terms: Terms) -> tuple[PlannedStage, ...]:
     Raises:
         ConfigError: no cuts fit the memory limit; says which limit they would fit.
     """
-    price = _Pricing(units, terms)
+    price = Pricing(units, terms)
     limit = math.inf if terms.memory_bytes is None else terms.memory_bytes
     stages = _best(len(units), terms, price.stage, lambda s: s.period_s if s.memory_bytes <= limit else math.inf)
     if stages is None:
@@ -97,7 +97,7 @@ def plan(units: Sequence[UnitCost], terms: Terms) -> tuple[PlannedStage, ...]:
 
 
 @final
-class _Pricing:
+class Pricing:
     """What any stage costs, alone or beside its neighbours."""
 
     def __init__(self, units: Sequence[UnitCost], terms: Terms) -> None:
