@@ -17,6 +17,8 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
+from pipetrgl.seeds import numpy_stream
+
 Times = npt.NDArray[np.float64]
 
 
@@ -93,7 +95,7 @@ def simulate(
     slower = np.ones((num_stages, 1))
     for stage, factor in (stragglers or {}).items():
         slower[stage] = factor
-    drawn = slower * np.random.default_rng(seed).uniform(1 - jitter, 1 + jitter, (num_stages, num_batches))
+    drawn = slower * numpy_stream(seed, "simulated jitter").uniform(1 - jitter, 1 + jitter, (num_stages, num_batches))
     forward = np.asarray(pipe.forward_s)[:, None] * drawn
     backward = np.asarray(pipe.backward_s)[:, None] * drawn
     link = np.asarray([*pipe.link_s[: num_stages - 1], 0.0])  # what the last stage hands on is taken at once
