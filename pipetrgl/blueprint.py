@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import final
 
 import torch
 
 from pipetrgl.blocks import BlockSpec, Network
 from pipetrgl.config.load import config_hash
+from pipetrgl.config.planned import read_plan
 from pipetrgl.config.schema import Config
 from pipetrgl.data.dataset import DataSpec
 from pipetrgl.data.itinerary import Itinerary
@@ -112,9 +114,12 @@ def draw_up(config: Config, spec: DataSpec) -> Blueprint:
 
     Raises:
         ModelError: no such model, an illegal cut, a head that does not fit, or a transport cost that is undefined.
+        ConfigError: the cuts come from a plan of another network.
         DataError: the training split is too small for one step.
     """
     network = zoo.build(config.model, spec.image_shape, spec.num_classes, config.objective.transport.impl)
+    if config.plan is not None:
+        read_plan(Path(config.plan)).require_fit(network.name, tuple(block.name for block in network.blocks))
     counts = zoo.num_parameters(network)
     ranges = partition(network.blocks, config.pipeline.stages, config.model.cuts, counts)
     blueprint = Blueprint(config, spec, network, ranges, zoo.output_shapes(network), counts)

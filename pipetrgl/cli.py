@@ -1,7 +1,8 @@
-"""The command line: `pipetrgl train`, `validate`, `memory`, `schema` and `report`."""
+"""The command line: `pipetrgl train`, `validate`, `plan`, `simulate`, `memory`, `schema` and `report`."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
@@ -15,12 +16,20 @@ from rich.console import Console
 from pipetrgl.blueprint import Blueprint, draw_up
 from pipetrgl.config.load import json_schema, load
 from pipetrgl.console import Progress, print_result
+from pipetrgl.engine.checkpoint import write_atomically
 from pipetrgl.errors import ConfigError, Interrupted, PipetrglError
+from pipetrgl.launchers.environment import environment
 from pipetrgl.launchers.signals import stop_on_signals
 from pipetrgl.launchers.start import describe
 from pipetrgl.launchers.start import train as start_training
+from pipetrgl.studies import what_if
 from pipetrgl.studies.footprint import footprint, table
+from pipetrgl.studies.link_speed import measure_link
 from pipetrgl.studies.peaks import peak_rss, peak_rss_end_to_end
+from pipetrgl.studies.planner import Terms
+from pipetrgl.studies.planning import make_plan, summary, to_dict
+from pipetrgl.studies.planning import read as read_plan
+from pipetrgl.studies.profile import profile
 from pipetrgl.studies.report import write_report
 
 app = typer.Typer(
@@ -74,6 +83,54 @@ def memory(
         print(table(counted))
         return
     print(table(counted, (*peak_rss(settings, steps), peak_rss_end_to_end(settings, steps))))
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    *,
+    workers: Annotated[int, typer.Option(min=1, help="Use at most so many.")],
+    out: Annotated[Path, typer.Option(help="Where the plan goes.")] = Path("plan.json"),
+    memory_mib: Annotated[float | None, typer.Option(min=1, help="Limit of each worker.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each block and head.")] = 10,
+) -> None:
+    """Profile blocks, heads and link on this machine, and find the cuts whose slowest stage is fastest."""
+    settings = load(config, overrides or [])
+    spec, capacity = describe(settings), settings.channel.capacity
+    terms = Terms(
+        workers=workers,
+        link=measure_link(repeats=5, capacity=capacity),
+        capacity=capacity,
+        accumulate=settings.train.accumulate,
+        memory_bytes=None if memory_mib is None else int(memory_mib * 2**20),
+    )
+    made = make_plan(profile(settings, spec, repeats), terms)
+    print(summary(made))
+    try:
+        write_atomically(out, (json.dumps(to_dict(made, environment()), indent=2) + "\n").encode())
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write to '{out}': {error.strerror}") from error
+    print(f"plan: {out}")
+
+
+@app.command()
+def simulate(
+    plan: Annotated[Path, typer.Argument(help="A plan.json.")],
+    *,
+    workers: Annotated[int | None, typer.Option(min=1, help="Plan anew for so many, from the plan's profile.")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="The stages so many times in a row: a deeper network.")] = 1,
+    capacity: Annotated[int | None, typer.Option(min=1, help="Slots of each link.")] = None,
+    batches: Annotated[int, typer.Option(min=2, help="Micro-batches.")] = 1000,
+    link_gbps: Annotated[
+        float | None, typer.Option(min=1e-6, help="Bandwidth of each link, gigabits a second.")
+    ] = None,
+    jitter: Annotated[float, typer.Option(min=0, max=0.99, help="Times vary by this share, evenly drawn.")] = 0.0,
+    straggler: Annotated[list[str] | None, typer.Option(help="stage:factor, 3:1.5 makes stage 3 slower.")] = None,
+) -> None:
+    """Say what the stages of a plan would give on other links or with other workers; trains nothing."""
+    changes = what_if.Changes(workers, repeat, capacity, link_gbps, jitter, tuple(straggler or ()))
+    print(what_if.answer(read_plan(plan), batches, changes))
 
 
 @app.command()

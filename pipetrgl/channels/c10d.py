@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 
 # Public at run time, but not exported by torch's annotations.
 PrefixStore: Any = dist.PrefixStore  # type: ignore[attr-defined]
+HashStore: Any = dist.HashStore  # type: ignore[attr-defined]
 TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]
 Store = Any
 rendezvous: Any = dist.rendezvous  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from pipetrgl.config.explain import explain, plain, ruled_out, section_of
 from pipetrgl.config.inherit import merge, read, real
+from pipetrgl.config.planned import read_plan
 from pipetrgl.config.schema import Config, Section
 from pipetrgl.config.source import (
     MAX_DEPTH,
@@ -44,7 +45,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     tree = read(path, problems)
     for override in overrides:
         tree = merge(tree, _override(override, problems))
-    tree = _with_absolute_root(tree)
+    tree = _with_planned_cuts(_with_absolute_root(tree), problems)
     config = None
     try:
         config = Config.model_validate(_without_empty_sections(plain(tree), Config))
@@ -99,9 +100,44 @@ def _with_absolute_root(tree: Entry) -> Entry:
     root = data.value.get("root") if data and isinstance(data.value, dict) else None
     if data is None or root is None or not isinstance(root.value, str) or not root.value:
         return tree
-    folder = real(root.origin.file).parent if root.origin.file else Path.cwd()
-    absolute = os.path.abspath(folder / os.path.expanduser(root.value))
+    absolute = _absolute(root.value, root.origin)
     return merge(tree, Entry({"data": Entry({"root": Entry(absolute, root.origin)}, data.origin)}, tree.origin))
+
+
+def _absolute(path: str, origin: Origin) -> str:
+    """A path as seen from the file in which it is written, or from the working directory."""
+    folder = real(origin.file).parent if origin.file else Path.cwd()
+    return os.path.abspath(folder / os.path.expanduser(path))
+
+
+def _with_planned_cuts(tree: Entry, problems: list[Problem]) -> Entry:
+    """Put the cuts and the number of stages of `plan` where a file would write them; neither may be written already."""
+    top = tree.value if isinstance(tree.value, dict) else {}
+    plan = top.get("plan")
+    if plan is None or not isinstance(plan.value, str) or not plan.value or "\0" in plan.value:
+        return tree
+    written = False
+    for name, key in (("model", "cuts"), ("pipeline", "stages")):
+        section = top.get(name)
+        if section is not None and isinstance(section.value, dict) and (entry := section.value.get(key)):
+            written = True
+            text = f"{name}.{key}: the plan sets it ({plan.value}); remove it, or remove plan"
+            problems.append(Problem(text, entry.origin))
+    if written:
+        return tree
+    path = _absolute(plan.value, plan.origin)
+    try:
+        cuts = read_plan(Path(path)).cuts
+    except ConfigError as error:
+        problems.append(Problem(f"plan: {error}", plan.origin, hides_values=True))
+        return tree
+    counts = Entry([Entry(count, plan.origin) for count in cuts], plan.origin)
+    planned = {
+        "plan": Entry(path, plan.origin),
+        "model": Entry({"cuts": counts}, plan.origin),
+        "pipeline": Entry({"stages": Entry(len(cuts), plan.origin)}, plan.origin),
+    }
+    return merge(tree, Entry(planned, tree.origin))
 
 
 def _without_empty_sections(content: Plain, section: type[Section]) -> Plain:
@@ -158,9 +194,11 @@ add_plain_scalars(_Dumper)
 def dump(config: Config) -> str:
     """The config as YAML with every value, as a run folder keeps it; loads to an equal Config.
 
-    Values that a rule forbids to write beside the others, such as tau with multipliers, are left out: defaults.
+    Values that a rule forbids to write beside the others, such as tau with multipliers, are left out: defaults. So is
+    `plan`, in favour of the cuts and stages that it set: the file may change or go.
     """
-    content = config.model_dump()
+    config = config.model_copy(update={"plan": None})
+    content = config.model_dump(exclude={"plan"})
     while True:
         try:
             again = Config.model_validate(content)
@@ -183,7 +221,7 @@ def undump(text: str) -> Config:
 
 def config_hash(config: Config) -> str:
     """SHA-256 in hex of all that changes what is trained, so that the workers of one run can compare."""
-    content = config.model_dump(exclude={"launcher", "run", "metrics", "trace", "checkpoint"})
+    content = config.model_dump(exclude={"plan", "launcher", "run", "metrics", "trace", "checkpoint"})
     # a data set may be mounted elsewhere on another machine
     del content["data"]["root"], content["data"]["prefetch"]
     content["channel"] = {"codec": config.channel.codec}

@@ -451,6 +451,9 @@ class Config(Section):
 
     seed: NonNegative = 0
     """Every random stream is derived from it."""
+    plan: Folder | None = None
+    """A plan.json of `pipetrgl plan`, relative to the config file; it sets model.cuts and pipeline.stages, which must
+    not be written beside it. A run folder's config holds these in its place."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

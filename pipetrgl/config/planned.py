@@ -1,0 +1,72 @@
+"""What training reads of a plan.json that `pipetrgl plan` wrote: the cuts, and which network they are for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipetrgl.errors import ConfigError
+
+PLAN_SCHEMA = 1
+_MAX_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class PlannedCuts:
+    """A plan as far as training follows it.
+
+    Attributes:
+        model: the network's name.
+        blocks: names of all its blocks.
+        cuts: counted blocks of each stage, as in `model.cuts`.
+    """
+
+    model: str
+    blocks: tuple[str, ...]
+    cuts: tuple[int, ...]
+
+    def require_fit(self, model: str, blocks: tuple[str, ...]) -> None:
+        """Raises:
+        ConfigError: the plan was made for another network.
+        """
+        if blocks != self.blocks:
+            raise ConfigError(
+                f"plan: made for {self.model} of {len(self.blocks)} blocks, but this is {model} of {len(blocks)}; run "
+                "`pipetrgl plan` with this config"
+            )
+
+
+def read_plan(path: Path) -> PlannedCuts:
+    """Read a plan.
+
+    Raises:
+        ConfigError: there is none, or training cannot follow it; the message ends a sentence about it.
+    """
+    content = plan_content(path)
+    try:
+        plan = PlannedCuts(str(content["model"]), tuple(map(str, content["blocks"])), tuple(map(int, content["cuts"])))
+        replicas = [int(stage["replicas"]) for stage in content["stages"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"'{path}' is no plan of `pipetrgl plan`: {type(error).__name__} {error}") from None
+    if not plan.cuts or min(plan.cuts) < 1:
+        raise ConfigError(f"'{path}' has a stage without blocks")
+    if any(count != 1 for count in replicas):
+        raise ConfigError(f"'{path}' gives its stages {replicas} replicas, and training has one of each stage so far")
+    return plan
+
+
+def plan_content(path: Path) -> dict[str, Any]:
+    """The JSON object of a plan, of the schema that this version knows; raises as `read_plan`."""
+    try:
+        with path.open("rb") as stream:
+            text = stream.read(_MAX_BYTES + 1)
+        content = json.loads(text)
+    except FileNotFoundError:
+        raise ConfigError(f"'{path}' does not exist; `pipetrgl plan CONFIG --workers N` writes one") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"'{path}' cannot be read: {error}") from None
+    if not isinstance(content, dict) or content.get("command") != "plan" or content.get("schema") != PLAN_SCHEMA:
+        raise ConfigError(f"'{path}' is no plan of `pipetrgl plan` with schema {PLAN_SCHEMA}")
+    return content
