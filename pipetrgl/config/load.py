@@ -111,7 +111,10 @@ def _absolute(path: str, origin: Origin) -> str:
 
 
 def _with_planned_cuts(tree: Entry, problems: list[Problem]) -> Entry:
-    """Put the cuts and the number of stages of `plan` where a file would write them; neither may be written already."""
+    """Put the cuts and the number of stages of `plan` where a file would write them.
+
+    Neither may be written beside the plan; as an override, it wins over the files.
+    """
     top = tree.value if isinstance(tree.value, dict) else {}
     plan = top.get("plan")
     if plan is None or not isinstance(plan.value, str) or not plan.value or "\0" in plan.value:
@@ -120,6 +123,8 @@ def _with_planned_cuts(tree: Entry, problems: list[Problem]) -> Entry:
     for name, key in (("model", "cuts"), ("pipeline", "stages")):
         section = top.get(name)
         if section is not None and isinstance(section.value, dict) and (entry := section.value.get(key)):
+            if plan.origin.file is None and entry.origin.file is not None:
+                continue
             written = True
             text = f"{name}.{key}: the plan sets it ({plan.value}); remove it, or remove plan"
             problems.append(Problem(text, entry.origin))

@@ -120,6 +120,14 @@ def test_a_file_that_training_cannot_follow_says_why(config: Path, changes: dict
         load(config)
 
 
+def test_a_plan_on_the_command_line_wins_over_the_cuts_of_the_file(config: Path) -> None:
+    write_plan(config)
+    config.write_text(SMALL + "pipeline: {stages: 3}\n")
+    assert load(config).pipeline.stages == 3
+    settings = load(config, [f"plan={config.parent / 'plan.json'}"])
+    assert (settings.model.cuts, settings.pipeline.stages) == ([3, 2], 2)
+
+
 def test_a_plan_that_is_missing_or_torn_says_so(config: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist; `pipetrgl plan CONFIG --workers N` writes one"):
         load(config, ["plan=nothing.json"])
