@@ -399,3 +399,22 @@ def test_the_hash_ignores_what_does_not_change_the_algorithm(write: Write) -> No
         assert config_hash(load(path, [change])) != config_hash(Config())
     assert re.fullmatch("[0-9a-f]{64}", config_hash(Config()))
     assert config_hash(load(path, ["objective.transport.tau=1", "optim.lr=0.0030"])) == config_hash(Config())
+
+
+def test_an_override_may_name_a_section_by_its_name_alone(write: Write) -> None:
+    config = load(write(""), ["launcher=ray", "model=vit", "model.head=tokens"])
+    assert (config.launcher.name, config.model.name, config.model.head.name) == ("ray", "vit", "tokens")
+    (row,) = rows(write(""), ["launcher=rey"])
+    assert row.startswith("override   launcher.name: 'rey' is not allowed. Did you mean 'ray'?")
+    (row,) = rows(write(""), ["train=fast"])  # a section without a name
+    assert row.startswith("override   train: 'fast' is a str; expected a section with some of: order, epochs")
+
+
+def test_what_ray_gives_each_worker_may_be_one_value_or_one_a_stage(write: Write) -> None:
+    text = "pipeline: {stages: 2}\nlauncher: {name: ray, ray: {cpus: [0.5, 2], resources: {disk: 1}, labels: [{}, {a: b}]}}"
+    wants = load(write(text)).launcher.ray
+    assert (wants.cpus, wants.resources, wants.labels) == ([0.5, 2.0], {"disk": 1.0}, [{}, {"a": "b"}])
+    (row,) = rows(write("pipeline: {stages: 3}\nlauncher: {ray: {gpus: [1, 1]}}"))
+    assert row == "line 2   launcher.ray.gpus: 2 given; pipeline.stages = 3 needs one a stage"
+    (row,) = rows(write("launcher: {ray: {resources: 3}}"))
+    assert row.startswith("line 1   launcher.ray.resources: 3 is an int; expected a section of names and numbers")
