@@ -411,8 +411,8 @@ def test_an_override_may_name_a_section_by_its_name_alone(write: Write) -> None:
 
 
 def test_what_ray_gives_each_worker_may_be_one_value_or_one_a_stage(write: Write) -> None:
-    text = "pipeline: {stages: 2}\nlauncher: {name: ray, ray: {cpus: [0.5, 2], resources: {disk: 1}, labels: [{}, {a: b}]}}"
-    wants = load(write(text)).launcher.ray
+    ray = "{cpus: [0.5, 2], resources: {disk: 1}, labels: [{}, {a: b}]}"
+    wants = load(write(f"pipeline: {{stages: 2}}\nlauncher: {{name: ray, ray: {ray}}}")).launcher.ray
     assert (wants.cpus, wants.resources, wants.labels) == ([0.5, 2.0], {"disk": 1.0}, [{}, {"a": "b"}])
     (row,) = rows(write("pipeline: {stages: 3}\nlauncher: {ray: {gpus: [1, 1]}}"))
     assert row == "line 2   launcher.ray.gpus: 2 given; pipeline.stages = 3 needs one a stage"
