@@ -52,7 +52,13 @@ def test_a_run_below_the_limit_warns_once_and_names_the_block(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("pipetrgl"), "propagate", True)
-    options = {"pipeline": {"stages": 2}, "launcher": {"name": "serial"}, "train": {"max_steps": 3}}
+    # evaluations left out: below the limit the weights are far off after three steps already
+    options = {
+        "pipeline": {"stages": 2},
+        "launcher": {"name": "serial"},
+        "train": {"max_steps": 3},
+        "evaluate": {"valid_every": 0, "test_at_end": False},
+    }
     run(tiny("resnet_preact", tmp_path / "a", objective={"transport": {"tau": 1e-5}}, optim={"lr": 1e-3}, **options))
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert any("s0/2 block blocks.0: tau = 1e-05 is below" in message for message in warnings)

@@ -14,9 +14,14 @@ _POLL_S = 0.05
 
 @final
 class Alarm:
-    """Keeps the first error; `check` raises it in whichever thread asks."""
+    """Keeps the first error; `check` raises it in whichever thread asks.
+
+    Attributes:
+        paused: a stage of the run is being replaced, so nobody can expect progress: no deadline runs.
+    """
 
     def __init__(self) -> None:
+        self.paused = False
         self._lock = threading.Lock()
         self._error: BaseException | None = None
 
@@ -48,10 +53,12 @@ def wait_until(
     """
     if ready():
         return 0.0
-    start = time.perf_counter()
+    start = since = time.perf_counter()
     while not ready():
         alarm.check()
-        if time.perf_counter() - start > timeout_s:
+        if alarm.paused:
+            since = time.perf_counter()
+        if time.perf_counter() - since > timeout_s:
             raise StalledError(f"waited {timeout_s:.0f} s for {what}; it is alive but gives no sign of progress")
         condition.wait(_POLL_S)
     return time.perf_counter() - start

@@ -62,11 +62,12 @@ class Connector:
         return outbox
 
     def look(self, board: Board) -> None:
-        """Notice replaced neighbours, and what they have made durable; the heartbeat's thread calls it.
+        """Notice replacements, and what neighbours have made durable; the heartbeat's thread calls it.
 
         Args:
             board: the heartbeat's own client of the store.
         """
+        self._site.alarm.paused = bool(board.find("recovering"))
         for peer in self._peers:
             peer.look(board)
         for rank, outbox in self._outboxes:

@@ -83,6 +83,11 @@ def announce_replacement(board: Board, rank: int, incarnation: int) -> None:
     board.post(f"replacing/{rank}", {"incarnation": incarnation})
 
 
+def announce_recovery(board: Board, under_way: bool) -> None:
+    """Tell all workers whether some stage is being replaced, and deadlines have to wait for that."""
+    board.post("recovering", under_way)
+
+
 @final
 class Peer:
     """Opens one link, and opens it again, under a prefix of its own, to each worker that replaces the peer.

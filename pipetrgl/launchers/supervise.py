@@ -21,7 +21,7 @@ from pipetrgl.channels.board import Board
 from pipetrgl.channels.c10d import Store, TCPStore
 from pipetrgl.channels.connect import announce_durable
 from pipetrgl.channels.heartbeat import FAILURE, Watch, remote_error
-from pipetrgl.channels.peer import announce_replacement
+from pipetrgl.channels.peer import announce_recovery, announce_replacement
 from pipetrgl.config.load import dump
 from pipetrgl.engine.checkpoint import Checkpoint, newest_complete, step_folder
 from pipetrgl.engine.metrics import Row, Sink
@@ -213,6 +213,7 @@ class Supervisor:
         seat.durable = self._start_of(seat)
         from_step = seat.durable.step if seat.durable else 0
         seat.lost = _Loss(time.monotonic(), seat.newest_step, from_step, why)
+        announce_recovery(self._board, under_way=True)
         announce_replacement(self._board, rank, seat.incarnation)
         self._start(seat)
         message = f"{why}; starting stage {stage} again alone, from step {from_step}"
@@ -239,6 +240,7 @@ class Supervisor:
             seat.linked = True
             if seat.lost is not None:
                 self._report_recovery(seat, seat.lost, "linked")
+                announce_recovery(self._board, under_way=not all(other.linked for other in self._seats))
         elif kind == "checkpoint":
             seat.files[row["step"]] = row
         elif kind == "durable":

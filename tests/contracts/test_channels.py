@@ -280,3 +280,14 @@ def test_sent_bytes_count_the_payload(channel: Open) -> None:
         pass
     thread.join()
     assert both.outbox.sent_bytes == 4 * 3 * 2 * 4
+
+
+def test_no_deadline_runs_while_some_stage_is_being_replaced(channel: Open) -> None:
+    both = channel(timeout_s=0.3)
+    both.alarm.paused = True
+    threading.Timer(1.0, lambda: setattr(both.alarm, "paused", False)).start()
+    start = time.monotonic()
+    with pytest.raises(LinkError, match="waited 0 s for a micro-batch from"):
+        next(iter(both.inbox))
+    assert time.monotonic() - start >= 1.3 - 0.05  # no sooner than the pause and the deadline after it
+    both.outbox.close()

@@ -63,7 +63,7 @@ def test_on_ray_a_killed_actor_is_replaced_alone_and_nothing_is_left_behind(star
 
 def test_on_ray_two_neighbours_that_die_together_start_the_whole_run_again(start: Start, undisturbed: Path) -> None:
     before = traces_of_ray()
-    pipeline = start("launcher=ray", "launcher.max_failures=1", **FOUR)
+    pipeline = start("launcher=ray", "launcher.max_failures=3", **FOUR)
     pipeline.wait_for_step(60, stage=3)
     pids = pipeline.workers()
     for stage in (1, 2):
