@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -30,25 +31,25 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tiny("mlp", tmp_path_factory.mktemp("undisturbed"), launcher={"name": "serial"}, **FOUR))
 
 
-def traces_of_ray() -> set[str]:
-    """Session folders, and processes whose command line names one."""
-    folders = {str(path) for path in Path("/tmp").glob("ray-*")}
-    processes = set()
+def traces_of(driver: int) -> set[str]:
+    """What is left of a driver's own Ray, whose session is named after the driver's process: folders and processes."""
+    session = re.compile(rf"/session_[\d_-]+_{driver}\b")
+    found = {str(path) for path in Path("/tmp").glob(f"ray-*/session_*_{driver}")}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             command = path.read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
-        if "/tmp/ray-" in command:
-            processes.add(command)
-    return folders | processes
+        if session.search(command):
+            found.add(command)
+    return found
 
 
 def test_on_ray_a_killed_actor_is_replaced_alone_and_nothing_is_left_behind(start: Start, undisturbed: Path) -> None:
-    before = traces_of_ray()
     pipeline = start("launcher=ray", "launcher.max_failures=1", **FOUR)
     pipeline.wait_for_step(100, stage=2)
     pids = pipeline.workers()
+    assert len(traces_of(pipeline.process.pid)) > 2  # so that the search below would find something
     pipeline.kill(2)
     pipeline.wait_until(lambda: pipeline.workers().get(2, pids[2]) != pids[2], "another stage 2")
     after = pipeline.workers()
@@ -58,11 +59,10 @@ def test_on_ray_a_killed_actor_is_replaced_alone_and_nothing_is_left_behind(star
     assert recovery["stage"] == 2
     assert f"stage 2 (rank 2), actor process {pids[2]}, died" in recovery["error"]
     assert_equal_runs(without_logs(pipeline.run), undisturbed)
-    assert traces_of_ray() == before
+    assert traces_of(pipeline.process.pid) == set()
 
 
 def test_on_ray_two_neighbours_that_die_together_start_the_whole_run_again(start: Start, undisturbed: Path) -> None:
-    before = traces_of_ray()
     pipeline = start("launcher=ray", "launcher.max_failures=3", **FOUR)
     pipeline.wait_for_step(60, stage=3)
     pids = pipeline.workers()
@@ -72,7 +72,7 @@ def test_on_ray_two_neighbours_that_die_together_start_the_whole_run_again(start
     assert not set(pids.values()) & {stage["pid"] for stage in pipeline.result()["stages"]}
     assert "starting all workers again from step" in pipeline.rows("log")[-1]["message"]
     assert_equal_runs(without_logs(pipeline.run), undisturbed)
-    assert traces_of_ray() == before
+    assert traces_of(pipeline.process.pid) == set()
 
 
 def test_sigterm_to_the_driver_saves_and_the_run_goes_on_elsewhere(start: Start, undisturbed: Path) -> None:
