@@ -18,6 +18,7 @@ after a quarter of an hour hangs.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import shutil
@@ -99,7 +100,8 @@ class Victim:
             self.pipeline.process.wait(timeout=60)
             while self.pipeline.workers():  # they notice that they are alone
                 time.sleep(0.05)
-            self.pipeline = self.start()
+            if not self.is_done():  # it may have ended well just before the strike
+                self.pipeline = self.start()
             return kind
         if not self.wait(lambda: len(self.pipeline.workers()) == 4):
             return "nothing"
@@ -111,11 +113,15 @@ class Victim:
                 os.kill(workers[rank], signal.SIGKILL)
         return f"{kind} {hit}"
 
+    def is_done(self) -> bool:
+        result = self.pipeline.run / "result.json"
+        return result.exists() and json.loads(result.read_text())["status"] == "done"
+
     def finish(self) -> Path:
         """The run folder once the run is done; goes on with it as often as a strike ended it."""
         while True:
             code = self.pipeline.process.wait(timeout=max(1.0, self.deadline - time.monotonic()))
-            if code == 0 and self.pipeline.result()["status"] == "done":
+            if self.is_done():
                 return self.pipeline.run
             assert code in (0, 1, 130), (code, (self.folder / "stderr").read_text()[-2000:])
             self.pipeline = self.start()
