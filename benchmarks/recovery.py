@@ -26,18 +26,18 @@ from tests.failure.pipelines import Pipeline  # noqa: E402
 
 SECTIONS: dict[str, Any] = {
     "data": {"shape": [1, 28, 28], "samples": 4000, "num_classes": 10},
-    "model": {"depth": 20, "width": 16, "cuts": [2, 2, 2, 3]},
     "pipeline": {"stages": 4},
     "train": {"epochs": 10, "max_steps": 400, "batch": 32},
     "evaluate": {"valid_every": 0, "at_start": False, "test_at_end": False},
     "checkpoint": {"every": 50},
     "metrics": {"every": 1},
 }
+NETWORK = ("model.depth=20", "model.width=16", "model.cuts=[2,2,2,3]")
 STRIKE_AT = 170
 
 
 def race(folder: Path, stage: int | None, *overrides: str) -> dict[str, Any]:
-    pipeline = Pipeline(folder, "launcher.max_failures=1", *overrides, model="resnet", **SECTIONS)
+    pipeline = Pipeline(folder, "launcher.max_failures=1", *NETWORK, *overrides, model="resnet", **SECTIONS)
     if stage is not None:
         pipeline.wait_for_step(STRIKE_AT, stage)
         pipeline.kill(stage)
