@@ -67,6 +67,8 @@ class Connector:
         Args:
             board: the heartbeat's own client of the store.
         """
+        if self._site.replacement_s is None:
+            return  # nobody is replaced: there is nothing to notice
         self._site.alarm.paused = bool(board.find("recovering"))
         for peer in self._peers:
             peer.look(board)

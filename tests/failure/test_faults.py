@@ -21,6 +21,7 @@ from pipetrgl.errors import DivergedError, LaunchError
 from pipetrgl.microbatch import MicroBatch, Split
 from pipetrgl.stage import StageOutput
 from tests.equivalence.runs import assert_equal_runs, run, tiny
+from tests.equivalence.test_resume import without_logs
 
 STAGES = [0, 1, 2]
 
@@ -35,14 +36,6 @@ def rehearsal(folder: Path, launcher: str, *planned: dict[str, Any], max_failure
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(rehearsal(tmp_path_factory.mktemp("undisturbed"), "serial"))
-
-
-def without_logs(folder: Path) -> Path:
-    """A run without its warnings, which an undisturbed one does not have."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if json.loads(line)["kind"] != "log"))
-    return folder
 
 
 @pytest.mark.parametrize("stage", STAGES)
