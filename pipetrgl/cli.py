@@ -47,7 +47,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. tra
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train a network in stages, each on its own worker."""
     stop = threading.Event()
-    stop_on_signals(stop)
+    stop_on_signals(stop, say=_say)
     console = Console()
     settings = load(config, overrides or [])
     with Progress(console) as progress:
@@ -191,6 +191,10 @@ def _exit_code(command: Callable[[], object]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
+
+
+def _say(line: str) -> None:
+    os.write(2, f"{line}\n".encode())  # a handler may interrupt a print, and must not print itself
 
 
 def _report_or_reason(run: Path) -> str:

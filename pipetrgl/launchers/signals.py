@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from pipetrgl.channels.alarm import Alarm
@@ -15,14 +16,21 @@ _STOP, _RELEASE = "stop", "release"
 _POLL_S = 0.05
 
 
-def stop_on_signals(stop: threading.Event) -> None:
+def stop_on_signals(stop: threading.Event, say: Callable[[str], None] | None = None) -> None:
     """Let SIGTERM and SIGUSR1 (Slurm's warning) ask for an end at the next step, with a checkpoint; a second one ends
-    the run at once."""
+    the run at once.
+
+    Args:
+        stop: set by the first signal.
+        say: told what the first signal does; called from the signal's handler.
+    """
 
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
             raise Interrupted(f"ended by {signal.Signals(number).name}")
         stop.set()
+        if say is not None:
+            say(f"{signal.Signals(number).name}: saving a checkpoint and ending; a second signal ends the run at once")
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, ask)

@@ -57,6 +57,11 @@ class Pipeline:
         return (self.folder / "stdout").read_text()
 
     @property
+    def errors(self) -> str:
+        """What it has written to stderr so far."""
+        return (self.folder / "stderr").read_text()
+
+    @property
     def run(self) -> Path:
         (run,) = (self.folder / "runs").iterdir()
         return run
@@ -98,7 +103,7 @@ class Pipeline:
         """Exit code and stderr, after all processes have gone."""
         code = self.process.wait(timeout=180)
         assert self.workers() == {}
-        return code, (self.folder / "stderr").read_text()
+        return code, self.errors
 
     def result(self) -> dict[str, Any]:
         result: dict[str, Any] = json.loads((self.run / "result.json").read_text())

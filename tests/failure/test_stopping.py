@@ -12,6 +12,7 @@ from tests.equivalence.runs import assert_equal_runs, run, tiny
 from tests.failure.conftest import Start
 
 THREE: dict[str, Any] = {"pipeline": {"stages": 3}, "train": {"max_steps": 700, "epochs": 70, "accumulate": 2}}
+ANNOUNCED = "saving a checkpoint and ending; a second signal ends the run at once\n"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "pipetrgl")
 
 
@@ -29,8 +30,11 @@ def test_a_signal_saves_and_ends_the_run_which_can_go_on(
     pipeline.process.send_signal(number)
     code, errors = pipeline.finish()
     assert code == 130
-    assert errors.startswith("error: stopped after step ")
-    assert errors.endswith(" of 700; go on with checkpoint.resume=auto\n")
+    announced, error, *rest = errors.splitlines(keepends=True)
+    assert announced == f"{number.name}: {ANNOUNCED}"
+    assert error.startswith("error: stopped after step ")
+    assert error.endswith(" of 700; go on with checkpoint.resume=auto\n")
+    assert rest == []
     assert pipeline.result()["status"] == "interrupted"
     # one complete checkpoint, at the step where all stages ended
     (folder,) = (pipeline.run / "checkpoints").iterdir()
@@ -64,8 +68,8 @@ def test_a_second_signal_ends_the_run_at_once(start: Start) -> None:
     pipeline.wait_for_step(20, stage=2)
     pipeline.kill(0, signal.SIGSTOP)  # so that it cannot end well
     pipeline.process.send_signal(signal.SIGTERM)
-    pipeline.wait_until(lambda: True, "nothing")
+    pipeline.wait_until(lambda: pipeline.errors == f"SIGTERM: {ANNOUNCED}", "the first signal was seen")
     pipeline.process.send_signal(signal.SIGTERM)
     code, errors = pipeline.finish()
     assert code == 130
-    assert errors == "error: ended by SIGTERM\n"
+    assert errors == f"SIGTERM: {ANNOUNCED}error: ended by SIGTERM\n"

@@ -48,13 +48,16 @@ def environ() -> Iterator[dict[str, str]]:
     command += [f"--object-store-memory={80 * 2**20}", f"--ray-client-server-port={free_port()}"]
     with (Path(folder) / "head.log").open("wb") as log:
         head = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
+    # a job of its own: the server answers some seconds before the node's agent takes jobs
     request = urllib.request.Request(
-        f"http://127.0.0.1:{server}/api/jobs/", headers={"Authorization": f"Bearer {environ['RAY_AUTH_TOKEN']}"}
+        f"http://127.0.0.1:{server}/api/jobs/",
+        data=json.dumps({"entrypoint": "true"}).encode(),
+        headers={"Authorization": f"Bearer {environ['RAY_AUTH_TOKEN']}", "Content-Type": "application/json"},
     )
     deadline = time.monotonic() + 90
     while True:
         try:
-            urllib.request.urlopen(request, timeout=5).close()
+            urllib.request.urlopen(request, timeout=30).close()
             break
         except (OSError, urllib.error.HTTPError):
             assert head.poll() is None, (Path(folder) / "head.log").read_text()
