@@ -50,7 +50,7 @@ class Blueprint:
 
     @property
     def world(self) -> World:
-        return World((1,) * self.num_stages)
+        return World(self.config.pipeline.replica_counts)
 
     @cached_property
     def config_hash(self) -> str:
@@ -58,7 +58,8 @@ class Blueprint:
 
     @cached_property
     def itinerary(self) -> Itinerary:
-        return Itinerary(self.config.train, self.config.evaluate, self.spec, self.num_stages)
+        config = self.config
+        return Itinerary(config.train, config.evaluate, self.spec, self.num_stages, config.pipeline.least_rows)
 
     @cached_property
     def taus(self) -> tuple[float, ...]:

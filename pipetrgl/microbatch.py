@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 Activation = Tensor | tuple[Tensor, ...]
@@ -36,6 +38,7 @@ class MicroBatch:
         step: 0-based optimizer step; an evaluation carries the number of steps taken before it.
         index: place in the whole stream, from 0; consecutive on every link.
         row_start, batch_rows: this micro-batch holds rows row_start : row_start + N of a step's `batch_rows`.
+        share_of: the rows of the whole micro-batch, where this is one replica's share of it; None: it is whole.
         closes_step: the last micro-batch of an optimizer step.
         closes_split: the last micro-batch of an epoch (train) or of one evaluation (valid, test).
         closes_phase: the last micro-batch in which its stages learn for now: of a phase, or in the parallel order of
@@ -54,10 +57,21 @@ class MicroBatch:
     closes_step: bool
     closes_split: bool
     closes_phase: bool = False
+    share_of: range | None = None
 
     @property
     def num_rows(self) -> int:
         return int(self.target.shape[0])
+
+    @property
+    def rows(self) -> range:
+        """Of the step, that it holds."""
+        return range(self.row_start, self.row_start + self.num_rows)
+
+    @property
+    def whole(self) -> range:
+        """Rows of the step that all replicas hold of this micro-batch together."""
+        return self.rows if self.share_of is None else self.share_of
 
     @property
     def is_tick(self) -> bool:
@@ -67,3 +81,45 @@ class MicroBatch:
     def carrying(self, activation: Activation) -> MicroBatch:
         """The same micro-batch with another activation: what a stage hands on."""
         return replace(self, activation=activation)
+
+    def share(self, rows: range) -> MicroBatch:
+        """Its rows that are among `rows` of the step, perhaps none; shares this one's memory."""
+        start, stop = max(rows.start, self.row_start), min(rows.stop, self.rows.stop)
+        size = max(0, stop - start)
+        first = start - self.row_start if size else 0
+        return replace(
+            self,
+            activation=_narrowed(self.activation, first, size),
+            target=self.target.narrow(0, first, size),
+            positions=self.positions.narrow(0, first, size),
+            row_start=start,
+            share_of=self.whole,
+        )
+
+
+def _narrowed(activation: Activation, first: int, size: int) -> Activation:
+    """An empty share carries nothing."""
+    if size == 0:
+        return ()
+    if isinstance(activation, tuple):
+        return tuple(tensor.narrow(0, first, size) for tensor in activation)
+    return activation.narrow(0, first, size)
+
+
+def joined(shares: Sequence[MicroBatch]) -> MicroBatch:
+    """One micro-batch of the rows of neighbouring shares, in order; copies the activations."""
+    full = [share for share in shares if share.num_rows > 0] or list(shares[:1])
+    if len(full) == 1:
+        return full[0]
+    return replace(
+        full[0],
+        activation=_concatenated([share.activation for share in full]),
+        target=torch.cat([share.target for share in full]),
+        positions=torch.cat([share.positions for share in full]),
+    )
+
+
+def _concatenated(activations: Sequence[Activation]) -> Activation:
+    parts = [one if isinstance(one, tuple) else (one,) for one in activations]
+    tensors = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    return tensors if isinstance(activations[0], tuple) else tensors[0]

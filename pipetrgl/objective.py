@@ -192,15 +192,15 @@ class StageObjective:
         total = task + self.weight.weighted(transport) if self.regularised else task
         return LocalLoss(total, task.detach(), transport.detach(), by_block)
 
-    def observe(self, logits: Tensor, target: Tensor, step: int) -> None:
-        """Let a multiplier see this step's task loss before the loss is weighted with it."""
+    def observed_loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The task loss as a multiplier shall see it, before the step's loss is weighted with it; without graph."""
         with torch.no_grad():
             smoothing = 0.0 if self.unsmoothed else self.label_smoothing
-            self.weight.observe(F.cross_entropy(logits, target, label_smoothing=smoothing), step)
+            return F.cross_entropy(logits, target, label_smoothing=smoothing)
 
     @property
     def adapts(self) -> bool:
-        """Whether `observe` has an effect; saves a cross-entropy a step where it has none."""
+        """Whether the multiplier observes anything; saves a cross-entropy a step where it has none."""
         return isinstance(self.weight, MultiplierWeight)
 
 

@@ -58,7 +58,8 @@ class Recorder:
         elif kind == "recovery":
             self._note_recovery(row)
         else:
-            self._stages[row["stage"]][kind] = row
+            replica = row.get("replica", 0)  # what all replicas say of themselves stays apart
+            self._stages[row["stage"]][f"{kind}/{replica}" if replica else kind] = row
         self._display(row)
 
     def require_complete(self) -> None:
@@ -184,9 +185,16 @@ class Recorder:
                     "train_s", "images_per_s", "compute_share", "wait_share", "send_wait_share", "bytes_sent",
                 )
             },
-            "peak_rss_bytes": rows.get("memory", {}).get("peak_rss_bytes"),
-            **{name: rows.get("worker", {}).get(name) for name in ("host", "pid")},
+            **_worker(rows, replica=0),
+            "replicas": [_worker(rows, replica) for replica in range(blueprint.world.replicas[index])],
         }  # fmt: skip
+
+
+def _worker(rows: dict[str, Row], replica: int) -> Row:
+    """Where one replica of a stage ran, and the most memory that it held."""
+    suffix = f"/{replica}" if replica else ""
+    worker, memory = (rows.get(f"{kind}{suffix}", {}) for kind in ("worker", "memory"))
+    return {"peak_rss_bytes": memory.get("peak_rss_bytes"), "host": worker.get("host"), "pid": worker.get("pid")}
 
 
 def _precedes(row: Row, step: int) -> bool:

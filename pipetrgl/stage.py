@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from pipetrgl.blocks import BlockOutput, BlockSpec
 from pipetrgl.channels.contracts import ReplicaGroup
+from pipetrgl.channels.gradients import GradientSum
+from pipetrgl.channels.replicas import add_up
 from pipetrgl.errors import ModelError
 from pipetrgl.microbatch import Activation, MicroBatch
 from pipetrgl.objective import LocalLoss, StageObjective
@@ -59,6 +61,7 @@ class StageParts:
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[int], float]
     replicas: ReplicaGroup
+    gradients: GradientSum
     reseed: Reseed
     seed: int
     device: torch.device
@@ -88,7 +91,8 @@ class Stage:
         self.num_updates = 0
         self.skipped_updates = 0
         self._learning_rate = parts.learning_rate
-        self._replicas = parts.replicas
+        self.replicas = parts.replicas
+        self._gradients = parts.gradients
         self._reseed = parts.reseed
         self._seed = parts.seed
         counted = [position for position, spec in enumerate(self.specs) if spec.counted]
@@ -111,8 +115,8 @@ class Stage:
             activation, names, costs = self._run_blocks(micro_batch, train)
             logits = self.head(activation)
             target = micro_batch.target.to(self.device, non_blocking=True)
-            if train and micro_batch.row_start == 0 and self.objective.adapts:
-                self.objective.observe(logits, target, self.num_updates)
+            if train and micro_batch.whole.start == 0 and self.objective.adapts:
+                self._observe(logits, target, len(micro_batch.whole))
             loss = self.objective.local_loss(logits, target, costs)
             if train:
                 loss = replace(loss, total=self.criterion(z, activation, target, loss.total))
@@ -123,11 +127,13 @@ class Stage:
         total = output.loss.total
         if micro_batch.num_rows != micro_batch.batch_rows:
             total = total * (micro_batch.num_rows / micro_batch.batch_rows)
+        if micro_batch.closes_step:
+            self._gradients.arm()
         total.backward()  # type: ignore[no-untyped-call]
 
     def update(self) -> None:
         """One optimizer step of blocks and head, at the schedule's rate for it."""
-        self._replicas.average(p.grad for _, p in self.named_parameters() if p.grad is not None)
+        self._gradients.finish()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
@@ -235,6 +241,13 @@ class Stage:
             if position == self._last_counted and cost is None:
                 cost = self.objective.measure_stage(start, x)
             yield spec.name, x, cost
+
+    def _observe(self, logits: Tensor, target: Tensor, num_rows: int) -> None:
+        """Let a multiplier see the step's first micro-batch: of all replicas, whose multipliers stay the same."""
+        loss = self.objective.observed_loss(logits, target)
+        if self.replicas.num_replicas > 1:
+            loss = add_up(self.replicas, loss * (len(target) / num_rows))
+        self.objective.weight.observe(loss, self.num_updates)
 
     def _run_blocks(self, micro_batch: MicroBatch, train: bool) -> tuple[Tensor, tuple[str, ...], list[Tensor]]:
         names: list[str] = []

@@ -14,12 +14,14 @@ import torch
 from pipetrgl import optim
 from pipetrgl.blueprint import Blueprint
 from pipetrgl.channels.alarm import Alarm
-from pipetrgl.channels.contracts import Inbox, NullOutbox, OneReplica, Outbox
+from pipetrgl.channels.contracts import Inbox, NullOutbox, OneReplica, Outbox, ReplicaGroup
 from pipetrgl.channels.delayed import DelayedInbox
-from pipetrgl.config.schema import TrainConfig
+from pipetrgl.channels.gradients import BucketedSum, GradientSum, Whole
+from pipetrgl.channels.replicas import Agreed, add_up
+from pipetrgl.config.schema import Config, TrainConfig
 from pipetrgl.data import catalogue
 from pipetrgl.data.dataset import Dataset
-from pipetrgl.data.loader import Loader
+from pipetrgl.data.loader import Ends, Loader
 from pipetrgl.engine import loop
 from pipetrgl.engine.checkpoint import Checkpoint
 from pipetrgl.engine.evaluate import Evaluation
@@ -27,7 +29,7 @@ from pipetrgl.engine.faults import rehearse
 from pipetrgl.engine.guard import StabilityGuard
 from pipetrgl.engine.idle import IdlingStage, TickingOutbox
 from pipetrgl.engine.listen import Listen
-from pipetrgl.engine.metrics import Sink, TrainMetrics
+from pipetrgl.engine.metrics import Row, Sink, TrainMetrics
 from pipetrgl.engine.nonfinite import watch
 from pipetrgl.engine.phases import Parallel, Plan, plan_of
 from pipetrgl.engine.pulse import Pulse, PulsedStage
@@ -36,6 +38,7 @@ from pipetrgl.engine.trace import Trace, TracedInbox, TracedOutbox, TracedStage,
 from pipetrgl.memory import keep_freed_memory, peak_rss_bytes
 from pipetrgl.models import stochastic
 from pipetrgl.models.init import initialise
+from pipetrgl.models.synchronised import Group, synchronise
 from pipetrgl.objective import StageObjective
 from pipetrgl.seeds import torch_stream
 from pipetrgl.stage import Stage, StageParts
@@ -70,11 +73,16 @@ class Job:
 
 
 class Links(Protocol):
-    """How one worker reaches its neighbours; asked for the inbox first, so that links come up in rank order."""
+    """How one worker reaches the others; asked for in this order, so that links come up in rank order."""
 
-    def inbox(self, stage: int) -> Inbox: ...
+    def replicas(self, place: Place) -> ReplicaGroup:
+        """Those that hold the same stage."""
 
-    def outbox(self, stage: int) -> Outbox: ...
+    def inbox(self, place: Place) -> Inbox:
+        """From the stage before."""
+
+    def outbox(self, place: Place) -> Outbox:
+        """To the stage behind."""
 
     @property
     def clock_offset_s(self) -> float: ...
@@ -99,27 +107,37 @@ def run_worker(
     """
     blueprint, last = job.blueprint, place.stage == job.blueprint.num_stages - 1
     configure_torch(blueprint.config.train)
-    stage = build_stage(blueprint, place.stage, device)
-    inbox = build_loader(job) if place.stage == 0 else _lengthened(links.inbox(place.stage), job, place.stage, alarm)
+    replicas = links.replicas(place)
+    stage = build_stage(blueprint, place.stage, device, replicas)
+    if place.stage == 0:
+        inbox: Inbox = build_loader(job, place, replicas)
+    else:
+        inbox = _lengthened(links.inbox(place), job, place.stage, alarm)
     try:
-        outbox = NullOutbox() if last else links.outbox(place.stage)
-        sink({"kind": "linked", "stage": place.stage})
+        outbox = NullOutbox() if last else links.outbox(place)
+        sink({"kind": "linked", **_who(place)})
         trace = blueprint.config.trace
-        spans = Trace(trace.first_step, trace.num_steps, place.rank, f"stage {place.stage}", links.clock_offset_s)
-        hooks = [*build_hooks(job, stage, inbox, outbox, sink), TraceHook(spans, place.stage, sink), Listen(alarm)]
+        spans = Trace(trace.first_step, trace.num_steps, place.rank, _title(blueprint, place), links.clock_offset_s)
+        hooks = build_hooks(job, stage, inbox, outbox, sink if place.replica == 0 else _for_all(sink))
+        hooks = [*hooks, TraceHook(spans, place.stage, sink), Listen(alarm)]
         plan = build_plan(blueprint)
         traced = TracedStage(PulsedStage(build_trainee(job, stage), pulse), spans)
         trainee, out = _idling(plan, traced, TracedOutbox(outbox, spans))
         loop.run(trainee, TracedInbox(inbox, spans), out, plan, hooks)
-        sink({"kind": "memory", "stage": place.stage, "peak_rss_bytes": peak_rss_bytes()})
+        sink({"kind": "memory", **_who(place), "peak_rss_bytes": peak_rss_bytes()})
     except BaseException as error:
         alarm.ring(error)  # so that the threads of this worker's own links end as well
         inbox.close()  # after a good end it stays open: the stage before may still have to be replaced
         raise
 
 
-def build_stage(blueprint: Blueprint, index: int, device: torch.device) -> Stage:
-    """One stage with its start weights, which are a function of (seed, block name) alone."""
+def build_stage(blueprint: Blueprint, index: int, device: torch.device, replicas: ReplicaGroup | None = None) -> Stage:
+    """One stage with its start weights, which are a function of (seed, block name) alone.
+
+    Args:
+        replicas: the group that this one belongs to; None: it is alone.
+    """
+    replicas = replicas or OneReplica()
     config, init = blueprint.config, blueprint.config.model.init
     specs = blueprint.blocks(index)
     blocks = [spec.build() for spec in specs]
@@ -132,6 +150,7 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device) -> Stage
     initialise(criterion, init, torch_stream(config.seed, "criterion", last))
     for module in (*blocks, head, criterion):
         module.to(device)
+    gradients = _share_out((*blocks, head, criterion), replicas, config)
     named = [
         (prefix + name, parameter)
         for prefix, module in [
@@ -154,7 +173,8 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device) -> Stage
             objective=StageObjective(config.objective, blueprint.taus[index], device),
             optimizer=optim.build(config.optim, named),
             learning_rate=functools.partial(_learning_rate, blueprint, itinerary.steps_per_epoch, own_steps),
-            replicas=OneReplica(),
+            replicas=replicas,
+            gradients=gradients,
             reseed=stochastic.reseed,
             seed=config.seed,
             device=device,
@@ -173,10 +193,30 @@ def build_plan(blueprint: Blueprint) -> Plan:
     return plan_of(blueprint.config.train.order, blueprint.itinerary.sweep)
 
 
-def build_loader(job: Job) -> Loader:
-    """Stage 0's inbox."""
-    config = job.blueprint.config
-    return Loader(job.dataset(), job.blueprint.itinerary, config.data, config.seed, job.first_step, job.stop)
+def build_loader(job: Job, place: Place | None = None, replicas: ReplicaGroup | None = None) -> Loader:
+    """Stage 0's inbox: of all rows, or of the share of the replica at `place`, whose group ends the stream together."""
+    config, world = job.blueprint.config, job.blueprint.world
+    ends: Ends = job.stop
+    share = None
+    if place is not None and replicas is not None and replicas.num_replicas > 1:
+        ends, share = Agreed(job.stop, replicas), functools.partial(world.share, place)
+    return Loader(job.dataset(), job.blueprint.itinerary, config.data, config.seed, job.first_step, ends, share)
+
+
+def _share_out(modules: Sequence[torch.nn.Module], replicas: ReplicaGroup, config: Config) -> GradientSum:
+    """Prepare a stage's modules for a replica group: its BatchNorm layers, and what adds its gradients up."""
+    if replicas.num_replicas == 1:
+        return Whole()
+    synchronised = config.pipeline.batch_norm == "synchronised"
+    if synchronised:
+        group = Group(replicas.replica, replicas.num_replicas, functools.partial(add_up, replicas))
+        for module in modules:
+            synchronise(module, group)
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    buffers = [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
+    # a step that is to be skipped must be known before anything is added up
+    overlap = config.train.on_nonfinite != "skip"
+    return BucketedSum(replicas, parameters, [] if synchronised else buffers, overlap)
 
 
 def _lengthened(inbox: Inbox, job: Job, stage: int, alarm: Alarm) -> Inbox:
@@ -192,6 +232,7 @@ def build_hooks(job: Job, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink
     """What looks at every micro-batch, in order; the stage and the metrics go on from the job's checkpoint."""
     config = job.blueprint.config
     momentum = config.optim.momentum
+    guarded = config.optim.name == "sgd" and stage.replicas.replica == 0  # one warning for all
     metrics = TrainMetrics(stage, inbox, outbox, sink, config.metrics.every)
     if job.checkpoint is not None:
         job.checkpoint.load_into(stage, metrics)
@@ -199,11 +240,31 @@ def build_hooks(job: Job, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink
     schedule = SaveSchedule(config.checkpoint.every, config.run.save_final, job.blueprint.itinerary.total_steps)
     saves = SaveCheckpoints(stage, metrics, outbox, job.run, sink, schedule, job.first_step)
     return [
-        *([StabilityGuard(stage, optim.peak_rate(config.optim), momentum)] if config.optim.name == "sgd" else []),
+        *([StabilityGuard(stage, optim.peak_rate(config.optim), momentum)] if guarded else []),
         metrics,
         Evaluation(stage, sink, config.train.on_nonfinite),
         saves,  # after the metrics, whose sums it saves
     ]
+
+
+def _who(place: Place) -> Row:
+    return {"stage": place.stage, "replica": place.replica}
+
+
+def _title(blueprint: Blueprint, place: Place) -> str:
+    """Of the worker's row in the timeline."""
+    lone = blueprint.world.replicas[place.stage] == 1
+    return f"stage {place.stage}" if lone else f"stage {place.stage}, replica {place.replica}"
+
+
+def _for_all(sink: Sink) -> Sink:
+    """Of the later replicas: leaves out the rows that the first one hands in for all of them."""
+
+    def sink_own(row: Row) -> None:
+        if row["kind"] not in ("train", "valid", "test", "summary", "last"):
+            sink(row)
+
+    return sink_own
 
 
 def _idling(plan: Plan, stage: loop.Trainee, outbox: Outbox) -> tuple[loop.Trainee, Outbox]:

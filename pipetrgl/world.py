@@ -46,6 +46,37 @@ class World:
                 return Place(rank, stage, rank - first)
         raise LaunchError(f"rank {rank} is outside a world of {self.size} workers")
 
+    def share(self, place: Place, rows: range) -> range:
+        """The rows of a micro-batch that are this replica's: the j-th of R intervals whose sizes differ by at most one.
+
+        rows 0 .. 7     stage 1, R = 2    0 1 2 3 │ 4 5 6 7
+                        stage 2, R = 3    0 1 │ 2 3 4 │ 5 6 7       links: 0-0, 0-1, 1-1, 1-2
+        """
+        count = self.replicas[place.stage]
+        start, stop = (rows.start + len(rows) * edge // count for edge in (place.replica, place.replica + 1))
+        return range(start, stop)
+
+    def senders(self, place: Place) -> tuple[Place, ...]:
+        """The replicas of the stage before whose shares overlap this one's, in order; none for stage 0."""
+        return self._overlapping(place, place.stage - 1) if place.stage > 0 else ()
+
+    def receivers(self, place: Place) -> tuple[Place, ...]:
+        """The replicas of the stage behind whose shares overlap this one's, in order; none for the last stage."""
+        return self._overlapping(place, place.stage + 1) if place.stage < self.num_stages - 1 else ()
+
+    def group(self, place: Place) -> tuple[Place, ...]:
+        """All replicas of the stage, in order, this one included."""
+        return tuple(self.place(self.rank(place.stage, replica)) for replica in range(self.replicas[place.stage]))
+
+    def _overlapping(self, place: Place, stage: int) -> tuple[Place, ...]:
+        """By the real intervals [j / R, (j + 1) / R); those of any number of rows overlap only where these do."""
+        mine, theirs, j = self.replicas[place.stage], self.replicas[stage], place.replica
+        return tuple(
+            self.place(self.rank(stage, i))
+            for i in range(theirs)
+            if i * mine < (j + 1) * theirs and j * theirs < (i + 1) * mine
+        )
+
     def require_size(self, size: int) -> None:
         """Compare with the number of workers that a launcher was started with.
 

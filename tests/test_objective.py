@@ -102,7 +102,7 @@ def test_a_multiplier_grows_every_s_steps_and_that_step_uses_it() -> None:
     logits, target, cost = torch.zeros(4, 2), torch.tensor([0, 1, 0, 1]), torch.tensor(3.0)
     weighted = []
     for step in range(3):
-        driven.observe(logits, target, step)
+        driven.weight.observe(driven.observed_loss(logits, target), step)
         loss = driven.local_loss(logits, target, [cost])
         weighted.append(float(loss.total - loss.task))
     grown = 1 + 0.5 * math.log(2)
@@ -113,7 +113,8 @@ def test_a_multiplier_can_follow_the_unsmoothed_task_loss() -> None:
     def grown(on: str) -> float:
         options = {"multipliers": {"enabled": True, "every": 1, "on": on}}
         driven = objective(label_smoothing=0.5, transport=options)
-        driven.observe(torch.tensor([[50.0, 0.0]]), torch.tensor([0]), step=0)  # a certain and right answer
+        loss = driven.observed_loss(torch.tensor([[50.0, 0.0]]), torch.tensor([0]))  # a certain and right answer
+        driven.weight.observe(loss, step=0)
         return float(driven.weight.state()["multiplier"])
 
     assert grown("unsmoothed_task_loss") == 1.0

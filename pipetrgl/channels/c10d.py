@@ -39,16 +39,26 @@ def gloo_pair(store: Store, side: int, address: str, timeout_s: float) -> Proces
         address: of this machine, as the other side reaches it.
         timeout_s: for the connection; later waits state their own.
     """
+    return gloo_group(store, side, 2, address, timeout_s)
+
+
+def gloo_group(store: Store, rank: int, size: int, address: str, timeout_s: float) -> ProcessGroup:
+    """A gloo group of `size` workers, each connected with every other; else as `gloo_pair`."""
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname=address)]
     options._timeout = timedelta(seconds=timeout_s)
-    return cast(ProcessGroup, gloo(store, side, 2, options))
+    return cast(ProcessGroup, gloo(store, rank, size, options))
 
 
 def nccl_pair(store: Store, side: int, device: torch.device) -> ProcessGroup:
-    """An NCCL group of two, connected now: a lazy one would connect inside the first send and hold up the stream."""
+    """An NCCL group of two."""
+    return nccl_group(store, side, 2, device)
+
+
+def nccl_group(store: Store, rank: int, size: int, device: torch.device) -> ProcessGroup:
+    """An NCCL group, connected now: a lazy one would connect inside the first send and hold up the stream."""
     nccl: Any = dist.ProcessGroupNCCL  # absent from CPU builds of torch
-    group = nccl(store, side, 2, nccl.Options())
+    group = nccl(store, rank, size, nccl.Options())
     group.eager_connect_single_device(device)
     return cast(ProcessGroup, group)

@@ -13,8 +13,9 @@ from pipetrgl.channels.c10d import RECEIVER, SENDER
 from pipetrgl.channels.inbox import LinkInbox
 from pipetrgl.channels.link import Irreplaceable, LinkTerms, Neighbour
 from pipetrgl.channels.outbox import LinkOutbox
-from pipetrgl.channels.peer import Peer, Site
+from pipetrgl.channels.peer import Peer, Site, open_group
 from pipetrgl.channels.replay import ReplayLog
+from pipetrgl.channels.replicas import LinkGroup
 from pipetrgl.channels.wire import TensorSpec
 
 
@@ -37,6 +38,19 @@ class Connector:
     @property
     def clock_offset_s(self) -> float:
         return self._site.clock.offset_s
+
+    def replicas(
+        self, ranks: Sequence[int], replica: int, device: torch.device, timeout_s: float, name: str
+    ) -> LinkGroup:
+        """This worker's side of its replica group.
+
+        Args:
+            ranks: of the group's workers, in order; `replica` is this one's place among them.
+            timeout_s: the longest wait for a sum.
+            name: for messages.
+        """
+        group, device_group = open_group(self._site, ranks, replica, device, name)
+        return LinkGroup(group, device_group, replica, len(ranks), self._site.alarm, timeout_s, name)
 
     def inbox(
         self, rank: int, terms: LinkTerms, expected: Sequence[TensorSpec], device: torch.device, next_index: int

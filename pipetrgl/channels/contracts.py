@@ -9,7 +9,7 @@ never alter the sender's tensor. Waits end with an error when the alarm rings or
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Protocol, final
 
 from torch import Tensor
@@ -53,11 +53,25 @@ class Outbox(Protocol):
         """End the stream and wait until everything is delivered."""
 
 
-class ReplicaGroup(Protocol):
-    """The workers that hold the same stage."""
+class Sum(Protocol):
+    """A sum over a replica group that is under way."""
 
-    def average(self, gradients: Iterable[Tensor]) -> None:
-        """Replace each gradient by its mean over the group, weighted by rows; in place."""
+    def wait(self) -> None:
+        """Return when the tensor is the sum; raises the run's error if there is one."""
+
+
+class ReplicaGroup(Protocol):
+    """The workers that hold the same stage. All of them ask for the same sums in the same order."""
+
+    @property
+    def replica(self) -> int:
+        """This worker's number among them."""
+
+    @property
+    def num_replicas(self) -> int: ...
+
+    def start_sum(self, tensor: Tensor) -> Sum:
+        """Begin to replace a tensor by its sum over the group, the same bits on every replica; in place."""
 
 
 @final
@@ -77,7 +91,13 @@ class NullOutbox:
 
 @final
 class OneReplica:
-    """A lone replica's group."""
+    """A lone replica's group: every sum has one term."""
 
-    def average(self, gradients: Iterable[Tensor]) -> None:
+    replica = 0
+    num_replicas = 1
+
+    def start_sum(self, tensor: Tensor) -> Sum:
+        return self
+
+    def wait(self) -> None:
         pass

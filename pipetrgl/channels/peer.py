@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -15,7 +15,16 @@ from torch.distributed import ProcessGroup
 
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.board import Board
-from pipetrgl.channels.c10d import RECEIVER, SENDER, PrefixStore, Store, gloo_pair, nccl_pair
+from pipetrgl.channels.c10d import (
+    RECEIVER,
+    SENDER,
+    PrefixStore,
+    Store,
+    gloo_group,
+    gloo_pair,
+    nccl_group,
+    nccl_pair,
+)
 from pipetrgl.channels.link import Connection, LinkTerms, LostPeerError
 from pipetrgl.channels.payload import FOREVER, GlooLine, NcclLine, PayloadLine
 from pipetrgl.channels.wire import PROTOCOL
@@ -221,33 +230,67 @@ class Peer:
         self._site.clock.offset_s = float(offset)
 
     def _finish(self, blocking: Callable[[], Any], what: str) -> Any:
-        """Run a call that cannot be interrupted in a thread; wait for it with the alarm and a deadline.
+        """As `_finished`; the peer may also be replaced meanwhile, and will then not answer any more.
 
         Raises:
-            _SupersededError: the peer was replaced meanwhile, and will not answer any more.
+            _SupersededError: it was.
         """
-        results: list[Any] = []
-        failures: list[RuntimeError] = []
 
-        def call() -> None:
-            try:
-                results.append(blocking())
-            except RuntimeError as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=call, daemon=True)
-        thread.start()
-        deadline = time.monotonic() + self._site.timeout_s
-        while thread.is_alive():
-            thread.join(_POLL_S)
-            self._site.alarm.check()
+        def look() -> None:
             if self.was_replaced():
                 raise _SupersededError
-            if time.monotonic() > deadline:
-                raise LinkError(f"waited {self._site.timeout_s:.0f} s for {what}")
-        if failures:
-            raise LostPeerError(f"failed while waiting for {what}: {failures[0]}") from failures[0]
-        return results[0]
+
+        return _finished(self._site, blocking, what, look)
+
+
+def open_group(
+    site: Site, ranks: Sequence[int], replica: int, device: torch.device, name: str
+) -> tuple[ProcessGroup, ProcessGroup | None]:
+    """The replica group of the workers at `ranks`, of which this is the one at place `replica`.
+
+    Returns:
+        The group on the CPU, and the one of the GPUs, if `device` is one.
+    Raises:
+        LaunchError: one of them runs another config or version.
+        LinkError: one did not come in time.
+    """
+    for rank in ranks:
+        what = f"{name}: the worker of rank {rank} to start; does it run, and reach the store?"
+        _require_equal(site.mine, site.board.read(f"worker/{rank}", site.timeout_s, site.alarm, what))
+    store = PrefixStore("group/" + "-".join(map(str, ranks)), site.board.store.clone())
+    size = len(ranks)
+    what = f"{name} to open their group"
+    group = _finished(site, lambda: gloo_group(store, replica, size, site.address, site.timeout_s), what)
+    if device.type == "cpu":
+        return group, None
+    nccl = PrefixStore("nccl", store)
+    return group, _finished(site, lambda: nccl_group(nccl, replica, size, device), what)
+
+
+def _finished(site: Site, blocking: Callable[[], Any], what: str, look: Callable[[], None] = lambda: None) -> Any:
+    """Run a call that cannot be interrupted in a thread; wait for it with the alarm, a deadline, and `look`, which may
+    raise."""
+    results: list[Any] = []
+    failures: list[RuntimeError] = []
+
+    def call() -> None:
+        try:
+            results.append(blocking())
+        except RuntimeError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + site.timeout_s
+    while thread.is_alive():
+        thread.join(_POLL_S)
+        site.alarm.check()
+        look()
+        if time.monotonic() > deadline:
+            raise LinkError(f"waited {site.timeout_s:.0f} s for {what}")
+    if failures:
+        raise LostPeerError(f"failed while waiting for {what}: {failures[0]}") from failures[0]
+    return results[0]
 
 
 class _SupersededError(Exception):

@@ -3,6 +3,7 @@
 word  0 protocol version   1 run id     2 kind         3 split      4 epoch      5 step     6 index
       7 row_start          8 batch_rows 9 flags       10 codec     11 number of payload tensors
      12 target dimensions 13 .. 16 target shape       17 .. 80 payload tensors: dtype, dimensions, 6 sizes each
+     81 first row of the whole micro-batch, and 82 their number, which is 0 where it is no share of one
      96 .. targets, then sample positions (`label_words` words, agreed at start)
 """
 
@@ -19,12 +20,13 @@ from torch import Tensor
 from pipetrgl.errors import LinkError
 from pipetrgl.microbatch import MicroBatch, Split
 
-PROTOCOL = 1
+PROTOCOL = 2
 HEADER_WORDS = 96
 MAX_TENSORS = 8
 _TENSORS_AT = 17
 _WORDS_PER_TENSOR = 8
 _MAX_DIMS = 6
+_WHOLE_AT = _TENSORS_AT + MAX_TENSORS * _WORDS_PER_TENSOR
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int64)
 
 
@@ -87,6 +89,8 @@ def write(micro_batch: MicroBatch, parts: Sequence[Tensor], codec: int, run_id: 
         fields += [_DTYPES.index(part.dtype), part.ndim, *part.shape, *[0] * (_MAX_DIMS - part.ndim)]
     header = torch.zeros(HEADER_WORDS + words, dtype=torch.int64)
     header[: len(fields)] = torch.tensor(fields)
+    if (whole := micro_batch.share_of) is not None:
+        header[_WHOLE_AT : _WHOLE_AT + 2] = torch.tensor([whole.start, len(whole)])
     labels = torch.cat([target.reshape(-1), positions]).to("cpu", torch.int64)
     header[HEADER_WORDS : HEADER_WORDS + labels.numel()] = labels
     return header
@@ -107,6 +111,7 @@ def read(header: Tensor, run_id: int) -> Header:
     rows = target_shape[0] if target_shape else 0
     num_targets = math.prod(target_shape) if rows else 0
     labels = header[HEADER_WORDS:]
+    first, size = fields[_WHOLE_AT : _WHOLE_AT + 2]
     labelled = MicroBatch(
         activation=torch.empty(0),
         target=labels[:num_targets].view(target_shape or (0,)).clone(),
@@ -120,6 +125,7 @@ def read(header: Tensor, run_id: int) -> Header:
         closes_step=bool(fields[9] & 1),
         closes_split=bool(fields[9] & 2),
         closes_phase=bool(fields[9] & 4),
+        share_of=range(first, first + size) if size else None,
     )
     return Header(Kind(fields[2]), fields[10], tuple(_tensor(fields, i) for i in range(fields[11])), labelled)
 

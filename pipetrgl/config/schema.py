@@ -302,8 +302,24 @@ class PipelineConfig(Section):
 
     stages: Positive = 4
     """K."""
+    replicas: Positive | list[Positive] = 1
+    """Workers that hold the same stage and share the rows of every micro-batch; a number, or a list, one a stage."""
+    batch_norm: Literal["local", "synchronised"] = "local"
+    """Of a stage with replicas. local: each normalises its own rows, and running statistics are averaged at every
+    update; synchronised: with the statistics of all rows, as one worker would."""
     device: Literal["cpu", "cuda"] = "cpu"
     """cuda gives each local worker one GPU of its node, in rank order."""
+
+    @property
+    def replica_counts(self) -> tuple[int, ...]:
+        """Of every stage."""
+        return tuple(self.replicas) if isinstance(self.replicas, list) else (self.replicas,) * self.stages
+
+    @property
+    def least_rows(self) -> int:
+        """Of a micro-batch: one for each replica of a stage, two where BatchNorm sees each replica's rows alone."""
+        most = max(self.replica_counts)
+        return most if most == 1 or self.batch_norm == "synchronised" else 2 * most
 
 
 class ChannelConfig(Section):
@@ -480,6 +496,17 @@ class Config(Section):
             if len(cuts) != expected:
                 what = "first blocks, one of each later stage" if named else "counts, one a stage"
                 faults.append(f"model.cuts: {len(cuts)} given; pipeline.stages = {stages} needs {expected} {what}")
+        replicas = self.pipeline.replicas
+        if isinstance(replicas, list) and len(replicas) != stages:
+            faults.append(f"pipeline.replicas: {len(replicas)} given; pipeline.stages = {stages} needs one a stage")
+        needed = self.pipeline.least_rows
+        if self.train.batch < needed * self.train.accumulate:
+            faults.append(
+                f"train.batch: {self.train.batch} rows in {self.train.accumulate} micro-batches are too few: with "
+                f"these replicas each micro-batch needs {needed}"
+            )
+        if needed > 1 and self.evaluate.batch < 2 * needed:
+            faults.append(f"evaluate.batch: {self.evaluate.batch} rows are too few: these replicas need {2 * needed}")
         for name in ("cpus", "gpus", "resources", "labels"):
             value = getattr(self.launcher.ray, name)
             if isinstance(value, list) and len(value) != stages:

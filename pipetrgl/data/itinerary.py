@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from pipetrgl.config.schema import EvaluateConfig, TrainConfig
@@ -20,6 +20,7 @@ class Stop:
     Attributes:
         first_row, end_row: rows of the epoch's order (train) or of the split as stored (valid, test).
         row_start, batch_rows: its place within the step's batch; an evaluation counts as one batch, the whole split.
+        share_of: rows of the whole micro-batch, where this is one replica's share.
 
     The others are those of MicroBatch.
     """
@@ -35,10 +36,18 @@ class Stop:
     closes_step: bool
     closes_split: bool
     closes_phase: bool
+    share_of: range | None = None
 
     @property
     def num_rows(self) -> int:
         return self.end_row - self.first_row
+
+    def share(self, of: Callable[[range], range]) -> Stop:
+        """One replica's share: `of` gives its rows, among those of the step."""
+        whole = range(self.row_start, self.row_start + self.num_rows)
+        mine = of(whole)
+        first_row = self.first_row + mine.start - self.row_start
+        return replace(self, first_row=first_row, end_row=first_row + len(mine), row_start=mine.start, share_of=whole)
 
 
 class Itinerary:
@@ -49,23 +58,35 @@ class Itinerary:
 
     Args:
         num_stages: K, whose phases follow each other if the order is not parallel; epochs count on through all of them.
+        least_rows: that every micro-batch must have, for the stage with the most replicas.
     Raises:
-        DataError: the training split is too small for one optimizer step.
+        DataError: the training split is too small for one optimizer step, or a split has too few rows for the replicas.
     """
 
-    def __init__(self, train: TrainConfig, evaluate: EvaluateConfig, spec: DataSpec, num_stages: int) -> None:
+    def __init__(
+        self, train: TrainConfig, evaluate: EvaluateConfig, spec: DataSpec, num_stages: int, least_rows: int = 1
+    ) -> None:
         self._train = train
         self._evaluate = evaluate
         self._spec = spec
         num_full, rest = divmod(spec.num_train, train.batch)
         # A rest of one row has no variance for BatchNorm.
         self._rest = 0 if train.drop_last or rest == 1 else rest
+        self._least_rows = least_rows
         self.steps_per_epoch = num_full + (self._rest > 0)
         if self.steps_per_epoch == 0:
             raise DataError(
                 f"train.batch: the training split has {spec.num_train} images, too few for one step of {train.batch} "
                 f"rows{' with train.drop_last' if train.drop_last else ''}. Use a smaller batch or more images."
             )
+        if 0 < self._rest < least_rows:
+            raise DataError(
+                f"train.batch: the last step of an epoch has {rest} rows, but these replicas need {least_rows}. "
+                "Use train.drop_last or another batch."
+            )
+        for split, num_rows in (("validation", spec.num_valid), ("test", spec.num_test)):
+            if 0 < num_rows < least_rows:
+                raise DataError(f"the {split} split has {num_rows} rows, but these replicas need {least_rows}")
         self.sweep = Sweep(train, num_stages, self.steps_per_epoch)
         self.total_steps = self.sweep.total_steps
 
@@ -120,8 +141,8 @@ class Itinerary:
 
     def _evaluations(self, num_taken: int, index: int) -> Iterator[Stop]:
         for split, num_rows in self._splits_after(num_taken):
-            for row in range(0, num_rows, self._evaluate.batch):
-                end = min(row + self._evaluate.batch, num_rows)
+            row = 0
+            for end in self._ends(num_rows):
                 yield Stop(
                     split=split,
                     epoch=max(num_taken - 1, 0) // self.steps_per_epoch,
@@ -135,7 +156,14 @@ class Itinerary:
                     closes_split=end == num_rows,
                     closes_phase=False,
                 )
-                index += 1
+                index, row = index + 1, end
+
+    def _ends(self, num_rows: int) -> list[int]:
+        """Where the micro-batches of an evaluation end; the last takes rows from the one before to have enough."""
+        ends = [*range(self._evaluate.batch, num_rows, self._evaluate.batch), num_rows]
+        if len(ends) > 1 and ends[-1] - ends[-2] < self._least_rows:
+            ends[-2] = num_rows - self._least_rows
+        return ends
 
     def _splits_after(self, num_taken: int) -> list[tuple[Split, int]]:
         """The splits to evaluate, with their rows, once `num_taken` optimizer steps are taken; empty ones left out."""
@@ -167,7 +195,7 @@ class Itinerary:
         if rows == self._train.batch:
             return self._train.accumulate
         # The smaller rest makes fewer micro-batches rather than single rows, of which BatchNorm has no variance.
-        return min(self._train.accumulate, rows // 2)
+        return min(self._train.accumulate, rows // max(2, self._least_rows))
 
     def _num_evaluation_stops(self, num_taken: int) -> int:
         return sum(-(-num_rows // self._evaluate.batch) for _, num_rows in self._splits_after(num_taken))

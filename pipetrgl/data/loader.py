@@ -5,10 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -46,6 +46,12 @@ class _End:
     failure: BaseException | None = None
 
 
+class Ends(Protocol):
+    """Whether the stream shall end before its time; asked between two optimizer steps."""
+
+    def is_set(self) -> bool: ...
+
+
 class Loader:
     """An iterator over a run's micro-batches from `first_step` on; its arrays are fresh, never reused.
 
@@ -54,6 +60,7 @@ class Loader:
 
     Args:
         ends: where it is set, the stream ends before its time, after a whole optimizer step.
+        share: of the rows of a micro-batch, those that this replica of stage 0 reads.
 
     Attributes:
         waited_s: time in which the stage waited for a micro-batch.
@@ -66,7 +73,8 @@ class Loader:
         config: DataConfig,
         seed: int,
         first_step: int = 0,
-        ends: threading.Event | None = None,
+        ends: Ends | None = None,
+        share: Callable[[range], range] | None = None,
     ) -> None:
         self.waited_s = 0.0
         self._ends = ends or threading.Event()
@@ -74,7 +82,8 @@ class Loader:
         self._dataset = dataset
         self._config = config
         self._seed = seed
-        self._stops = itinerary.stops(first_step)
+        stops = itinerary.stops(first_step)
+        self._stops = stops if share is None else (stop.share(share) for stop in stops)
         self._queue: queue.Queue[_Prepared | _End] = queue.Queue(config.prefetch)
         self._closed = threading.Event()
         self._closing = threading.Lock()
@@ -85,7 +94,7 @@ class Loader:
         return self
 
     def __next__(self) -> MicroBatch:
-        if self._ends.is_set() and self._between_steps:
+        if self._between_steps and self._ends.is_set():
             self.close()
         if self._closed.is_set():
             raise StopIteration
@@ -186,6 +195,7 @@ def _micro_batch(item: _Prepared) -> MicroBatch:
         closes_step=stop.closes_step,
         closes_split=stop.closes_split,
         closes_phase=stop.closes_phase,
+        share_of=stop.share_of,
     )
 
 

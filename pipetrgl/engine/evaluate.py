@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipetrgl.channels.replicas import summed
 from pipetrgl.engine.metrics import Row, Sink
 from pipetrgl.errors import DivergedError
 from pipetrgl.microbatch import MicroBatch, Split
@@ -55,7 +56,7 @@ class Evaluation:
 
     def _row(self, micro_batch: MicroBatch) -> Row:
         assert self._sums is not None
-        loss, correct = self._sums.tolist()
+        loss, correct, rows = summed(self._stage.replicas, [*self._sums.tolist(), self._rows])
         finite = math.isfinite(loss)
         if not finite:
             text = f"stage {self._stage.index}, {micro_batch.split.label} after step {micro_batch.step}: "
@@ -68,7 +69,7 @@ class Evaluation:
             "stage": self._stage.index,
             "step": micro_batch.step,
             "epoch": micro_batch.epoch,
-            "task_loss": loss / self._rows if finite else None,
-            "accuracy": correct / self._rows if finite else None,
-            "num_samples": self._rows,
+            "task_loss": loss / rows if finite else None,
+            "accuracy": correct / rows if finite else None,
+            "num_samples": int(rows),
         }

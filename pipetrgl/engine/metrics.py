@@ -14,7 +14,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from pipetrgl.channels.contracts import Inbox, Outbox
+from pipetrgl.channels.contracts import Inbox, Outbox, ReplicaGroup
+from pipetrgl.channels.replicas import summed
 from pipetrgl.errors import DivergedError
 from pipetrgl.microbatch import MicroBatch
 from pipetrgl.stage import Stage, StageOutput
@@ -89,22 +90,31 @@ class TrainMetrics:
         self._sink(self._clock.summary(self._stage))
 
     def state(self) -> dict[str, Tensor]:
-        """The sums since the last row, for a checkpoint between two rows, and the count of skipped updates."""
+        """The sums since the last row, for a checkpoint between two rows, and the count of skipped updates.
+
+        Of all replicas together: all of them ask at the same step.
+        """
         state: dict[str, Tensor] = {}
-        if self._sums is not None:
-            state["sums"] = self._sums
+        sums, rows = self._sums_of_all()
+        if sums is not None:
+            state["sums"] = sums
         if self._unwritten:
-            state["place"] = torch.tensor([self._rows, self._step, self._epoch])
+            state["place"] = torch.tensor([rows, self._step, self._epoch])
         if self._skipped:
             state["skipped_updates"] = torch.tensor(self._skipped)
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from the sums and the count of a checkpoint; nothing to do where it has none."""
-        if "sums" in state:
+        """Go on from the sums and the count of a checkpoint; nothing to do where it has none.
+
+        The first replica takes the sums, the others begin theirs anew: they are added up later.
+        """
+        first = self._stage.replicas.replica == 0
+        if "sums" in state and first:
             self._sums = state["sums"].to(self._stage.device, copy=True)
         if "place" in state:
-            self._rows, self._step, self._epoch = map(int, state["place"])
+            rows, self._step, self._epoch = map(int, state["place"])
+            self._rows = rows if first else 0
             self._unwritten = True
         if "skipped_updates" in state:
             self._skipped = self._stage.skipped_updates = int(state["skipped_updates"])
@@ -113,25 +123,35 @@ class TrainMetrics:
         row = {
             "kind": "train",
             "stage": self._stage.index,
-            "replica": 0,
+            "replica": self._stage.replicas.replica,
             "step": self._step,
             "epoch": self._epoch,
             **self._means(),
             "weight": float(self._stage.objective.weight.value()) if self._stage.objective.regularised else 0.0,
             "lr": self._stage.learning_rate,
             "skipped_updates": self._skipped,
-            **self._clock.since_last_row(),
+            **self._clock.since_last_row(self._stage.replicas),
         }
         self._sink(row)
-        logger.info(log_line(row, self._stage.num_stages))
+        logger.info(log_line(row, self._stage.num_stages, self._stage.replicas.num_replicas))
         self._sums, self._rows, self._unwritten = None, 0, False
+
+    def _sums_of_all(self) -> tuple[Tensor | None, int]:
+        """Sums and rows of all replicas."""
+        group = self._stage.replicas
+        if group.num_replicas == 1:
+            return self._sums, self._rows
+        nothing = [0.0] * (len(self._cost_names) + 4)
+        *sums, rows = summed(group, [*(nothing if self._sums is None else self._sums.tolist()), self._rows])
+        return (torch.tensor(sums, device=self._stage.device) if rows else None), int(rows)
 
     def _means(self) -> Row:
         """Over the rows since the last row; nothing where every step was skipped."""
-        if self._sums is None:
+        sums, rows = self._sums_of_all()
+        if sums is None:
             nothing: Row = dict.fromkeys(("local_loss", "task_loss", "transport_cost", "accuracy"))
             return nothing | {"transport_cost_by_block": {}}
-        local, task, transport, *by_block, correct = (total / self._rows for total in self._sums.tolist())
+        local, task, transport, *by_block, correct = (total / rows for total in sums.tolist())
         if not all(map(math.isfinite, (local, task, transport))):
             raise DivergedError(
                 f"stage {self._stage.index}, between steps {self._step - self._every + 1} and {self._step}: the local "
@@ -173,30 +193,38 @@ class _TrainClock:
         self._first = False
         self._mark = now
 
-    def since_last_row(self) -> Row:
+    def since_last_row(self, replicas: ReplicaGroup) -> Row:
+        """Images per second of all replicas together, and the mean of their waits."""
         seconds, waited, send_waited, images = (
             now - then for now, then in zip(self._total, self._at_last_row, strict=True)
         )
         self._at_last_row = list(self._total)
-        return {"images_per_s": _ratio(images, seconds), "wait_share": _ratio(waited + send_waited, seconds)}
+        if seconds <= 0:  # on every replica: nothing has been counted yet
+            return {"images_per_s": None, "wait_share": None}
+        rate, share = summed(replicas, [images / seconds, (waited + send_waited) / seconds])
+        return {"images_per_s": rate, "wait_share": share / replicas.num_replicas}
 
     def summary(self, stage: Stage) -> Row:
         seconds, waited, send_waited, images = self._total
+        count = stage.replicas.num_replicas
+        rate, seconds, waited, send_waited, sent_bytes = summed(
+            stage.replicas, [_ratio(images, seconds) or 0.0, seconds, waited, send_waited, self._outbox.sent_bytes]
+        )
         return {
             "kind": "summary",
             "stage": stage.index,
             "num_steps": stage.num_updates,
             "skipped_updates": stage.skipped_updates,
-            "train_s": seconds,
-            "images_per_s": _ratio(images, seconds),
+            "train_s": seconds / count,
+            "images_per_s": rate or None,
             "wait_share": _ratio(waited, seconds),
             "send_wait_share": _ratio(send_waited, seconds),
             "compute_share": _ratio(seconds - waited - send_waited, seconds),
-            "bytes_sent": self._outbox.sent_bytes,
+            "bytes_sent": int(sent_bytes),
         }
 
 
-def log_line(row: Row, num_stages: int) -> str:
+def log_line(row: Row, num_stages: int, num_replicas: int = 1) -> str:
     """A train row as one line: `s1/4 r0/1 step 1200 | local 1.832 (task 1.790, transport 0.041) | ...`."""
     rate = "-" if row["images_per_s"] is None else f"{row['images_per_s']:.0f}"
     wait = "-" if row["wait_share"] is None else f"{100 * row['wait_share']:.0f} %"
@@ -209,7 +237,8 @@ def log_line(row: Row, num_stages: int) -> str:
             f"head acc {100 * row['accuracy']:.1f} %"
         )
     return (
-        f"s{row['stage']}/{num_stages} r{row['replica']}/1 step {row['step']} | {means} | {rate} img/s | waited {wait}"
+        f"s{row['stage']}/{num_stages} r{row['replica']}/{num_replicas} step {row['step']} | {means} | {rate} img/s | "
+        f"waited {wait}"
     )
 
 

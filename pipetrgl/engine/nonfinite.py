@@ -13,9 +13,11 @@ from typing import final
 import torch
 from torch import Tensor
 
+from pipetrgl.channels.replicas import any_replica
 from pipetrgl.engine.loop import Trainee
 from pipetrgl.errors import DivergedError
 from pipetrgl.microbatch import MicroBatch, Split
+from pipetrgl.models.synchronised import SynchronisedBatchNorm
 from pipetrgl.stage import Stage, StageOutput
 
 logger = logging.getLogger(__name__)
@@ -112,7 +114,7 @@ class SkipNonFinite:
 
     def update(self) -> None:
         assert self._before is not None, "update follows a training forward"
-        if self._poisoned:
+        if any_replica(self._stage.replicas, self._poisoned):
             self._before.restore()
             self._stage.skip_update()
         else:
@@ -153,6 +155,8 @@ def _where(stage: Stage, micro_batch: MicroBatch, train: bool, output: StageOutp
     came_in = micro_batch.activation
     if not all(map(all_finite, came_in if isinstance(came_in, tuple) else (came_in,))):
         return "the input"
+    if any(isinstance(layer, SynchronisedBatchNorm) for block in stage.blocks for layer in block.modules()):
+        return "a block or the head"  # running them again would need the other replicas
     with torch.no_grad():
         for name, activation, _ in stage.walk(micro_batch, train):
             if not all_finite(activation):

@@ -114,10 +114,13 @@ class SaveCheckpoints:
             self._sink({"kind": "durable", "stage": self._stage.index, "step": step, "next_index": index + 1})
 
     def _save(self) -> None:
+        step = self._saved = self._step
+        if self._stage.replicas.replica > 0:
+            self._metrics.state()  # the first replica saves for all, and asks for the sums of all
+            return
         if self._writer is not None:
             self._writer.join()  # at most one snapshot is in memory: a slow disk slows the stage, not its memory
             self._announce()
-        step = self._saved = self._step
         # Cloned, also on the CPU: the next step changes the weights in place while the file is being written.
         state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self._state().items()}
         self._writer = threading.Thread(

@@ -47,7 +47,8 @@ def run_process(job: Job, member: Membership) -> None:
     forward = ForwardLogs(sink, member.place.stage)
     logging.getLogger("pipetrgl").addHandler(forward)
     try:
-        sink({"kind": "worker", "stage": member.place.stage, "host": socket.gethostname(), "pid": os.getpid()})
+        who = {"stage": member.place.stage, "replica": member.place.replica}
+        sink({"kind": "worker", **who, "host": socket.gethostname(), "pid": os.getpid()})
         where = name_of(member.place), os.getpid(), socket.gethostname(), job.first_step
         logger.info("%s is process %d on %s, from step %d", *where)
         links = StoreLinks(job, member, board, alarm)
@@ -116,9 +117,9 @@ def exit_now(code: int) -> None:
 
 def _heartbeat(job: Job, member: Membership, alarm: Alarm) -> Heartbeat:
     """Beats for this worker, and passes on the wish to stop; unsupervised, it watches the neighbours as well."""
-    stage, world, channel = member.place.stage, job.blueprint.world, job.blueprint.config.channel
-    neighbours = [] if member.supervised else [k for k in (stage - 1, stage + 1) if 0 <= k < world.num_stages]
-    watched = {world.rank(k): name_of(world.place(world.rank(k))) for k in neighbours}
+    place, world, channel = member.place, job.blueprint.world, job.blueprint.config.channel
+    neighbours = {*world.senders(place), *world.receivers(place), *world.group(place)} - {place}
+    watched = {} if member.supervised else {other.rank: name_of(other) for other in neighbours}
     store, rank = member.store.clone(), member.place.rank
     heartbeat = Heartbeat(store, rank, watched, channel.heartbeat_s, channel.heartbeat_timeout_s, alarm)
     heartbeat.looks.append(functools.partial(share_stop, job.stop))

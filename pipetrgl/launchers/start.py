@@ -160,11 +160,11 @@ def _require_device(config: Config) -> None:
         return
     if not torch.cuda.is_available():
         raise LaunchError("pipeline.device: 'cuda', but torch finds no CUDA device here; use pipeline.device=cpu")
-    num_devices = torch.cuda.device_count()
-    if config.launcher.name == "local" and not torchrun.is_torchrun() and num_devices < config.pipeline.stages:
+    num_devices, num_workers = torch.cuda.device_count(), sum(config.pipeline.replica_counts)
+    if config.launcher.name == "local" and not torchrun.is_torchrun() and num_devices < num_workers:
         raise LaunchError(
-            f"pipeline.device: {config.pipeline.stages} local stages need as many GPUs, and this machine has "
-            f"{num_devices}; NCCL does not connect two stages on one GPU"
+            f"pipeline.device: {num_workers} local workers need as many GPUs, and this machine has "
+            f"{num_devices}; NCCL does not connect two workers on one GPU"
         )
 
 

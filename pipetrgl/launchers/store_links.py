@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 from typing import final
 
@@ -11,14 +12,16 @@ from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.board import Board
 from pipetrgl.channels.codecs import CODECS
 from pipetrgl.channels.connect import Connector
-from pipetrgl.channels.contracts import Inbox, Outbox
+from pipetrgl.channels.contracts import Inbox, OneReplica, Outbox, ReplicaGroup
 from pipetrgl.channels.link import LinkTerms
 from pipetrgl.channels.peer import Hello, Site
+from pipetrgl.channels.shares import JoinedInbox, SplitOutbox
 from pipetrgl.channels.wire import TensorSpec, label_words
 from pipetrgl.config.schema import Config
 from pipetrgl.launchers.membership import Membership, name_of
 from pipetrgl.seeds import derive
 from pipetrgl.worker import Job
+from pipetrgl.world import Place
 
 _LEAST_REPLACEMENT_S = 10.0
 
@@ -57,25 +60,45 @@ class StoreLinks:
         """End the links' threads; nobody will be replaced any more."""
         self._connector.close()
 
-    def inbox(self, stage: int) -> Inbox:
-        expected = [TensorSpec(self._blueprint.input_shape(stage), torch.float32)]
-        peer = self._blueprint.world.rank(stage - 1)
-        return self._connector.inbox(peer, self._terms(stage - 1), expected, self._member.device, self._first_index)
+    def replicas(self, place: Place) -> ReplicaGroup:
+        group = self._blueprint.world.group(place)
+        if len(group) == 1:
+            return OneReplica()
+        timeout_s = self._blueprint.config.channel.wait_timeout_s
+        name = f"the replicas of stage {place.stage}"
+        ranks = [member.rank for member in group]
+        return self._connector.replicas(ranks, place.replica, self._member.device, timeout_s, name)
 
-    def outbox(self, stage: int) -> Outbox:
-        peer = self._blueprint.world.rank(stage + 1)
-        return self._connector.outbox(peer, self._terms(stage), self._member.device)
+    def inbox(self, place: Place) -> Inbox:
+        expected = [TensorSpec(self._blueprint.input_shape(place.stage), torch.float32)]
+        inboxes = [
+            self._connector.inbox(
+                sender.rank, self._terms(sender, place), expected, self._member.device, self._first_index
+            )
+            for sender in self._blueprint.world.senders(place)
+        ]
+        return inboxes[0] if len(inboxes) == 1 else JoinedInbox(inboxes)
 
-    def _terms(self, sender: int) -> LinkTerms:
-        channel, world = self._blueprint.config.channel, self._blueprint.world
+    def outbox(self, place: Place) -> Outbox:
+        world = self._blueprint.world
+        receivers = world.receivers(place)
+        outboxes = [
+            self._connector.outbox(receiver.rank, self._terms(place, receiver), self._member.device)
+            for receiver in receivers
+        ]
+        shares = [functools.partial(world.share, receiver) for receiver in receivers]
+        return outboxes[0] if len(outboxes) == 1 else SplitOutbox(outboxes, shares)
+
+    def _terms(self, sender: Place, receiver: Place) -> LinkTerms:
+        channel = self._blueprint.config.channel
         return LinkTerms(
             run_id=self._run_id,
             capacity=channel.capacity,
             codec=CODECS[channel.codec],
             label_words=label_words(self._blueprint.max_rows),
             timeout_s=channel.wait_timeout_s,
-            sender=name_of(world.place(world.rank(sender))),
-            receiver=name_of(world.place(world.rank(sender + 1))),
+            sender=name_of(sender),
+            receiver=name_of(receiver),
         )
 
 
@@ -88,6 +111,10 @@ def _replacement_s(job: Job, member: Membership) -> float | None:
 
 
 def replaces_stages(config: Config) -> bool:
-    """Whether a worker that dies is replaced alone. Never on a GPU: NCCL has no way to give up one broken pair."""
-    launcher = config.launcher
-    return launcher.restart == "stage" and launcher.max_failures > 0 and config.pipeline.device == "cpu"
+    """Whether a worker that dies is replaced alone.
+
+    Never on a GPU, where NCCL has no way to give up one broken pair, nor where any stage has replicas, which would have
+    to open their group again as well: the whole run starts again.
+    """
+    launcher, alone = config.launcher, max(config.pipeline.replica_counts) == 1
+    return launcher.restart == "stage" and launcher.max_failures > 0 and config.pipeline.device == "cpu" and alone

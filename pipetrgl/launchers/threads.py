@@ -1,46 +1,63 @@
-"""The threads launcher: one thread a stage in this process, for debugging and tests."""
+"""The threads launcher: one thread a worker in this process, for debugging and tests."""
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import torch
 
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.codecs import CODECS
-from pipetrgl.channels.contracts import Inbox, Outbox
+from pipetrgl.channels.contracts import Inbox, OneReplica, Outbox, ReplicaGroup
+from pipetrgl.channels.replicas import ThreadGroup
+from pipetrgl.channels.shares import JoinedInbox, SplitOutbox
 from pipetrgl.channels.threads import thread_link
 from pipetrgl.engine.metrics import Sink
 from pipetrgl.engine.pulse import Pulse
 from pipetrgl.errors import Interrupted
+from pipetrgl.launchers.membership import name_of
 from pipetrgl.launchers.supervise import Budget
 from pipetrgl.worker import Job, run_worker
+from pipetrgl.world import Place
 
 
 class ThreadLinks:
-    """All channels of a run; stage k sends on the k-th and receives on the one before."""
+    """All channels and replica groups of a run."""
 
     clock_offset_s = 0.0
 
     def __init__(self, job: Job, alarm: Alarm) -> None:
         channel = job.blueprint.config.channel
-        self._links = [
-            thread_link(
+        self._world = job.blueprint.world
+        places = [self._world.place(rank) for rank in range(self._world.size)]
+        self._links = {
+            (sender, receiver): thread_link(
                 channel.capacity,
                 CODECS[channel.codec],
                 alarm,
                 channel.wait_timeout_s,
-                f"stage {stage}",
-                f"stage {stage + 1}",
+                name_of(sender),
+                name_of(receiver),
             )
-            for stage in range(job.blueprint.num_stages - 1)
-        ]
+            for sender in places
+            for receiver in self._world.receivers(sender)
+        }
+        self._groups = [ThreadGroup(count, alarm, channel.wait_timeout_s) for count in self._world.replicas]
 
-    def inbox(self, stage: int) -> Inbox:
-        return self._links[stage - 1][1]
+    def replicas(self, place: Place) -> ReplicaGroup:
+        lone = self._world.replicas[place.stage] == 1
+        return OneReplica() if lone else self._groups[place.stage].member(place.replica)
 
-    def outbox(self, stage: int) -> Outbox:
-        return self._links[stage][0]
+    def inbox(self, place: Place) -> Inbox:
+        inboxes = [self._links[sender, place][1] for sender in self._world.senders(place)]
+        return inboxes[0] if len(inboxes) == 1 else JoinedInbox(inboxes)
+
+    def outbox(self, place: Place) -> Outbox:
+        receivers = self._world.receivers(place)
+        outboxes = [self._links[place, receiver][0] for receiver in receivers]
+        shares = [functools.partial(self._world.share, receiver) for receiver in receivers]
+        return outboxes[0] if len(outboxes) == 1 else SplitOutbox(outboxes, shares)
 
 
 def launch(job: Job, sink: Sink, budget: Budget) -> None:
@@ -54,15 +71,15 @@ def launch(job: Job, sink: Sink, budget: Budget) -> None:
         with lock:
             sink(row)
 
-    def work(stage: int) -> None:
+    def work(place: Place) -> None:
         try:
-            run_worker(job, job.blueprint.world.place(stage), links, locked_sink, device, alarm, Pulse())
+            run_worker(job, place, links, locked_sink, device, alarm, Pulse())
         except BaseException as error:
             alarm.ring(error)
 
     threads = [
-        threading.Thread(target=work, args=(stage,), name=f"stage {stage}", daemon=True)
-        for stage in range(job.blueprint.num_stages)
+        threading.Thread(target=work, args=(place,), name=name_of(place), daemon=True)
+        for place in map(job.blueprint.world.place, range(job.blueprint.world.size))
     ]
     for thread in threads:
         thread.start()

@@ -1,0 +1,158 @@
+"""Gradients of a replica group: added up in buckets, each as soon as the backward pass is done with it.
+
+backward ──────────────────────▶ update
+last layer's gradients, .., first layer's
+└─ bucket 0 ─┘└─ bucket 1 ─┘└─ 2 ─┘
+       sum 0 ═══▶ sum 1 ═══▶ sum 2 ═▶        on the links, beside the backward pass
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, final
+
+import torch
+from torch import Tensor, nn
+
+from pipetrgl.channels.contracts import ReplicaGroup, Sum
+
+BUCKET_BYTES = 4 * 2**20
+
+
+class GradientSum(Protocol):
+    """Makes of each replica's gradients, which are weighted by its share of the rows, those of all rows."""
+
+    def arm(self) -> None:
+        """The next backward pass is the step's last."""
+
+    def finish(self) -> None:
+        """Return when every gradient is complete."""
+
+
+@final
+class Whole:
+    """A lone replica's gradients are of all rows."""
+
+    def arm(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+@final
+class BucketedSum:
+    """Over a replica group; all replicas have the same parameters and graph, so they fill their buckets in one order.
+
+    Args:
+        group: of two or more.
+        parameters: in the order of the forward pass.
+        statistics: buffers that each replica has of its own rows, and that become their mean at every update.
+        overlap: add a bucket up as soon as it is full; else all of them in `finish`.
+        bucket_bytes: a bucket is closed when it holds at least so much.
+    """
+
+    def __init__(
+        self,
+        group: ReplicaGroup,
+        parameters: Sequence[nn.Parameter],
+        statistics: Sequence[Tensor],
+        overlap: bool = True,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        self._group = group
+        self._statistics = tuple(statistics)
+        self._buckets = [_Bucket(part) for part in _portions(list(reversed(parameters)), bucket_bytes)]
+        self._next = 0  # bucket to be added up: always in this order, whichever is full first
+        self._armed = False
+        if overlap:
+            for bucket in self._buckets:
+                for parameter in bucket.parameters:
+                    parameter.register_post_accumulate_grad_hook(_Counter(self, bucket))  # type: ignore[no-untyped-call]
+
+    def arm(self) -> None:
+        self._armed = True
+
+    def finish(self) -> None:
+        self._armed = False
+        while self._next < len(self._buckets):
+            self._start_next()
+        for bucket in self._buckets:
+            bucket.complete()
+        self._next = 0
+        if self._statistics:
+            total = torch.cat([buffer.reshape(-1) for buffer in self._statistics])
+            self._group.start_sum(total).wait()
+            _scatter(total / self._group.num_replicas, self._statistics)
+
+    def ready(self, bucket: _Bucket) -> None:
+        """One more gradient of the bucket is complete on this replica."""
+        if not self._armed:
+            return
+        bucket.missing -= 1
+        while self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
+            self._start_next()
+
+    def _start_next(self) -> None:
+        self._buckets[self._next].start(self._group)
+        self._next += 1
+
+
+@final
+class _Counter:
+    """A hook of one parameter."""
+
+    def __init__(self, owner: BucketedSum, bucket: _Bucket) -> None:
+        self._owner = owner
+        self._bucket = bucket
+
+    def __call__(self, parameter: Tensor) -> None:
+        self._owner.ready(self._bucket)
+
+
+@final
+class _Bucket:
+    """Some parameters whose gradients travel together.
+
+    Attributes:
+        missing: gradients that the backward pass at hand has not completed.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = tuple(parameters)
+        self.missing = len(self.parameters)
+        self._flat = torch.empty(0)
+        self._work: Sum | None = None
+
+    def start(self, group: ReplicaGroup) -> None:
+        if gradients := self._gradients():
+            self._flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            self._work = group.start_sum(self._flat)
+
+    def complete(self) -> None:
+        self.missing = len(self.parameters)
+        if self._work is None:
+            return
+        self._work.wait()
+        _scatter(self._flat, self._gradients())
+        self._flat, self._work = torch.empty(0), None
+
+    def _gradients(self) -> list[Tensor]:
+        """Parameters that the loss does not reach have none, on no replica."""
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+
+def _scatter(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def _portions(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> Iterator[list[nn.Parameter]]:
+    portion: list[nn.Parameter] = []
+    for parameter in parameters:
+        portion.append(parameter)
+        if sum(one.nbytes for one in portion) >= bucket_bytes:
+            yield portion
+            portion = []
+    if portion:
+        yield portion
