@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -24,12 +25,9 @@ from pipetrgl.launchers.start import describe
 from pipetrgl.launchers.start import train as start_training
 from pipetrgl.studies import what_if
 from pipetrgl.studies.footprint import footprint, table
-from pipetrgl.studies.link_speed import measure_link
 from pipetrgl.studies.peaks import peak_rss, peak_rss_end_to_end
-from pipetrgl.studies.planner import Terms
-from pipetrgl.studies.planning import make_plan, summary, to_dict
+from pipetrgl.studies.planning import plan_for, planned, summary, to_dict
 from pipetrgl.studies.planning import read as read_plan
-from pipetrgl.studies.profile import profile
 from pipetrgl.studies.report import write_report
 
 app = typer.Typer(
@@ -51,7 +49,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     console = Console()
     settings = load(config, overrides or [])
     with Progress(console) as progress:
-        result = start_training(settings, progress.open, stop)
+        result = start_training(settings, progress.open, stop, functools.partial(planned, say=print))
     if result is None:
         return
     print_result(console, result)
@@ -63,7 +61,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check a config, its data set and its cuts without training; print the stages, and the phases of their order."""
-    settings = load(config, overrides or [])
+    settings = planned(load(config, overrides or []), print)
     blueprint = draw_up(settings, describe(settings))
     print(outline(blueprint))
 
@@ -77,7 +75,7 @@ def memory(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of --measure.")] = 8,
 ) -> None:
     """Count the bytes of every stage against end-to-end training, GPipe and 1F1B; see docs/memory.md."""
-    settings = load(config, overrides or [])
+    settings = planned(load(config, overrides or []), print)
     counted = footprint(settings, describe(settings), micro_batches)
     if not measure:
         print(table(counted))
@@ -93,19 +91,12 @@ def plan(
     workers: Annotated[int, typer.Option(min=1, help="Use at most so many.")],
     out: Annotated[Path, typer.Option(help="Where the plan goes.")] = Path("plan.json"),
     memory_mib: Annotated[float | None, typer.Option(min=1, help="Limit of each worker.")] = None,
+    max_replicas: Annotated[int | None, typer.Option(min=1, help="Of a stage; unset: as many as help.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each block and head.")] = 10,
 ) -> None:
-    """Profile blocks, heads and link on this machine, and find the cuts whose slowest stage is fastest."""
-    settings = load(config, overrides or [])
-    spec, capacity = describe(settings), settings.channel.capacity
-    terms = Terms(
-        workers=workers,
-        link=measure_link(repeats=5, capacity=capacity),
-        capacity=capacity,
-        accumulate=settings.train.accumulate,
-        memory_bytes=None if memory_mib is None else int(memory_mib * 2**20),
-    )
-    made = make_plan(profile(settings, spec, repeats), terms)
+    """Profile blocks, heads and link on this machine; find the cuts and replicas whose slowest stage is fastest."""
+    memory_bytes = None if memory_mib is None else int(memory_mib * 2**20)
+    made = plan_for(load(config, overrides or []), workers, max_replicas or workers, memory_bytes, repeats)
     print(summary(made))
     try:
         write_atomically(out, (json.dumps(to_dict(made, environment()), indent=2) + "\n").encode())

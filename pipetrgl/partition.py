@@ -91,7 +91,8 @@ def _counts(
         return even_counts(len(units), num_stages)
     if cuts == "parameters":
         return balanced_counts([sum(num_parameters[i] for i in unit) for unit in units], num_stages)
-    assert not isinstance(cuts, str), cuts
+    if isinstance(cuts, str):
+        raise ModelError(f"model.cuts: '{cuts}' has not been planned yet; only the command line does that")
     counts = [cut for cut in cuts if isinstance(cut, int)]
     if len(counts) < len(cuts):
         return _counts_from_names(blocks, units, [str(cut) for cut in cuts])

@@ -111,16 +111,16 @@ def _absolute(path: str, origin: Origin) -> str:
 
 
 def _with_planned_cuts(tree: Entry, problems: list[Problem]) -> Entry:
-    """Put the cuts and the number of stages of `plan` where a file would write them.
+    """Put the cuts, the number of stages and the replicas of `plan` where a file would write them.
 
-    Neither may be written beside the plan; as an override, it wins over the files.
+    None of them may be written beside the plan; as an override, it wins over the files.
     """
     top = tree.value if isinstance(tree.value, dict) else {}
     plan = top.get("plan")
     if plan is None or not isinstance(plan.value, str) or not plan.value or "\0" in plan.value:
         return tree
     written = False
-    for name, key in (("model", "cuts"), ("pipeline", "stages")):
+    for name, key in (("model", "cuts"), ("pipeline", "stages"), ("pipeline", "replicas")):
         section = top.get(name)
         if section is not None and isinstance(section.value, dict) and (entry := section.value.get(key)):
             if plan.origin.file is None and entry.origin.file is not None:
@@ -132,15 +132,17 @@ def _with_planned_cuts(tree: Entry, problems: list[Problem]) -> Entry:
         return tree
     path = _absolute(plan.value, plan.origin)
     try:
-        cuts = read_plan(Path(path)).cuts
+        made = read_plan(Path(path))
     except ConfigError as error:
         problems.append(Problem(f"plan: {error}", plan.origin, hides_values=True))
         return tree
-    counts = Entry([Entry(count, plan.origin) for count in cuts], plan.origin)
+    cuts, replicas = (
+        Entry([Entry(count, plan.origin) for count in counts], plan.origin) for counts in (made.cuts, made.replicas)
+    )
     planned = {
         "plan": Entry(path, plan.origin),
-        "model": Entry({"cuts": counts}, plan.origin),
-        "pipeline": Entry({"stages": Entry(len(cuts), plan.origin)}, plan.origin),
+        "model": Entry({"cuts": cuts}, plan.origin),
+        "pipeline": Entry({"stages": Entry(len(made.cuts), plan.origin), "replicas": replicas}, plan.origin),
     }
     return merge(tree, Entry(planned, tree.origin))
 
@@ -200,7 +202,7 @@ def dump(config: Config) -> str:
     """The config as YAML with every value, as a run folder keeps it; loads to an equal Config.
 
     Values that a rule forbids to write beside the others, such as tau with multipliers, are left out: defaults. So is
-    `plan`, in favour of the cuts and stages that it set: the file may change or go.
+    `plan`, in favour of the cuts, stages and replicas that it set: the file may change or go.
     """
     config = config.model_copy(update={"plan": None})
     content = config.model_dump(exclude={"plan"})

@@ -1,4 +1,4 @@
-"""What training reads of a plan.json that `pipetrgl plan` wrote: the cuts, and which network they are for."""
+"""What training reads of a plan.json that `pipetrgl plan` wrote: cuts, replicas, and which network they are for."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ class PlannedCuts:
         model: the network's name.
         blocks: names of all its blocks.
         cuts: counted blocks of each stage, as in `model.cuts`.
+        replicas: of each stage, as in `pipeline.replicas`.
     """
 
     model: str
     blocks: tuple[str, ...]
     cuts: tuple[int, ...]
+    replicas: tuple[int, ...]
 
     def require_fit(self, model: str, blocks: tuple[str, ...]) -> None:
         """Raises:
@@ -46,14 +48,18 @@ def read_plan(path: Path) -> PlannedCuts:
     """
     content = plan_content(path)
     try:
-        plan = PlannedCuts(str(content["model"]), tuple(map(str, content["blocks"])), tuple(map(int, content["cuts"])))
-        replicas = [int(stage["replicas"]) for stage in content["stages"]]
+        plan = PlannedCuts(
+            model=str(content["model"]),
+            blocks=tuple(map(str, content["blocks"])),
+            cuts=tuple(map(int, content["cuts"])),
+            replicas=tuple(int(stage["replicas"]) for stage in content["stages"]),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"'{path}' is no plan of `pipetrgl plan`: {type(error).__name__} {error}") from None
     if not plan.cuts or min(plan.cuts) < 1:
         raise ConfigError(f"'{path}' has a stage without blocks")
-    if any(count != 1 for count in replicas):
-        raise ConfigError(f"'{path}' gives its stages {replicas} replicas, and training has one of each stage so far")
+    if len(plan.replicas) != len(plan.cuts) or min(plan.replicas) < 1:
+        raise ConfigError(f"'{path}' has {len(plan.cuts)} stages, but replicas {list(plan.replicas)}")
     return plan
 
 

@@ -112,9 +112,10 @@ class ModelConfig(Section):
     """vit: stochastic depth, rising linearly from 0 at the first block to this at the last."""
     init: InitConfig = InitConfig()
     head: HeadConfig = HeadConfig()
-    cuts: Literal["even", "parameters"] | list[Positive] | list[str] = "even"
+    cuts: Literal["even", "parameters", "auto"] | list[Positive] | list[str] = "even"
     """Blocks of each stage: even by count, even by parameters, a list of counts, or a list of each later stage's first
-    block."""
+    block. auto: profile this machine first, then train what `pipetrgl plan` would find for the workers of
+    pipeline.stages and pipeline.replicas; no stage gets more replicas than the most that are written there."""
 
 
 class MultiplierConfig(Section):
@@ -468,8 +469,8 @@ class Config(Section):
     seed: NonNegative = 0
     """Every random stream is derived from it."""
     plan: Folder | None = None
-    """A plan.json of `pipetrgl plan`, relative to the config file; it sets model.cuts and pipeline.stages, which must
-    not be written beside it. A run folder's config holds these in its place."""
+    """A plan.json of `pipetrgl plan`, relative to the config file; it sets model.cuts, pipeline.stages and
+    pipeline.replicas, which must not be written beside it. A run folder's config holds these in its place."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -496,6 +497,11 @@ class Config(Section):
             if len(cuts) != expected:
                 what = "first blocks, one of each later stage" if named else "counts, one a stage"
                 faults.append(f"model.cuts: {len(cuts)} given; pipeline.stages = {stages} needs {expected} {what}")
+        if cuts == "auto" and self.checkpoint.resume == "auto":
+            faults.append(
+                "model.cuts: auto may find other cuts each time, so checkpoint.resume: auto would not find its run "
+                "again; write a plan with `pipetrgl plan` and use that"
+            )
         replicas = self.pipeline.replicas
         if isinstance(replicas, list) and len(replicas) != stages:
             faults.append(f"pipeline.replicas: {len(replicas)} given; pipeline.stages = {stages} needs one a stage")

@@ -46,6 +46,10 @@ _LAUNCHERS: dict[str, Callable[[Job, Sink, Budget], None]] = {
 }
 
 
+def _as_it_is(config: Config) -> Config:
+    return config
+
+
 def describe(config: Config) -> DataSpec:
     """Sizes and shapes of the data set; reads it.
 
@@ -56,7 +60,10 @@ def describe(config: Config) -> DataSpec:
 
 
 def train(
-    config: Config, open_display: Callable[[Blueprint, Path], Display], stop: threading.Event | None = None
+    config: Config,
+    open_display: Callable[[Blueprint, Path], Display],
+    stop: threading.Event | None = None,
+    planned: Callable[[Config], Config] = _as_it_is,
 ) -> Row | None:
     """Run a training from beginning to end.
 
@@ -64,6 +71,7 @@ def train(
         config: validated.
         open_display: given blueprint and run folder, returns what sees every row; called in the leading process only.
         stop: once set, the run ends at the next optimizer step with a checkpoint.
+        planned: replaces `model.cuts: auto` by cuts, on the leading process.
     Returns:
         The result, as in result.json, or None on a rank that does not lead.
     Raises:
@@ -72,9 +80,10 @@ def train(
     _require_device(config)
     stop = stop or threading.Event()
     if torchrun.is_torchrun() and config.launcher.name in ("local", "torchrun"):
-        return _train_rank(config, open_display, stop)
+        return _train_rank(config, open_display, stop, planned)
     if config.launcher.name == "torchrun":
         torchrun.join(config.channel.start_timeout_s)  # explains how to start it
+    config = planned(config)
     blueprint = draw_up(config, describe(config))
     run, checkpoint = choose_start(config, config.checkpoint.resume)
     job = _job(blueprint, run, checkpoint, stop)
@@ -85,10 +94,15 @@ def train(
 
 
 def _train_rank(
-    config: Config, open_display: Callable[[Blueprint, Path], Display], stop: threading.Event
+    config: Config,
+    open_display: Callable[[Blueprint, Path], Display],
+    stop: threading.Event,
+    planned: Callable[[Config], Config],
 ) -> Row | None:
     timeout_s = config.channel.start_timeout_s
     me = torchrun.join(timeout_s)
+    if config.model.cuts == "auto":
+        config = torchrun.shared_config(me, lambda: planned(config), timeout_s)
     spec = torchrun.shared_spec(me, lambda: describe(config), timeout_s)
     blueprint = draw_up(config, spec)
     blueprint.world.require_size(me.world_size)

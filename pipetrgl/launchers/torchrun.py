@@ -20,6 +20,8 @@ from pipetrgl.channels.board import Board
 from pipetrgl.channels.c10d import PrefixStore, Store, rendezvous
 from pipetrgl.channels.connect import address_towards
 from pipetrgl.channels.heartbeat import FAILURE, Watch, remote_error
+from pipetrgl.config.load import dump, undump
+from pipetrgl.config.schema import Config
 from pipetrgl.data.dataset import DataSpec
 from pipetrgl.engine.checkpoint import Checkpoint
 from pipetrgl.engine.metrics import Sink
@@ -202,6 +204,11 @@ def _wait_for_the_others(blueprint: Blueprint, collector: Collector, thread: thr
 def shared_spec(me: Rank, describe: Callable[[], DataSpec], timeout_s: float) -> DataSpec:
     """The data specification as rank 0 reads it: no other rank needs the data."""
     return DataSpec.from_dict(me.agree_on("spec", lambda: describe().to_dict(), timeout_s))
+
+
+def shared_config(me: Rank, make: Callable[[], Config], timeout_s: float) -> Config:
+    """The config as rank 0 completes it."""
+    return undump(str(me.agree_on("config", lambda: {"yaml": dump(make())}, timeout_s)["yaml"]))
 
 
 def shared_start(me: Rank, make: Callable[[], Start], timeout_s: float) -> Start:

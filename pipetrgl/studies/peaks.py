@@ -30,7 +30,7 @@ def peak_rss(config: Config, num_steps: int) -> tuple[int, ...]:
 def peak_rss_end_to_end(config: Config, num_steps: int) -> int:
     """Of one worker that trains the same network end to end: a single stage without transport cost."""
     content = _shortened(config, num_steps)
-    content["pipeline"] = {**content.get("pipeline", {}), "stages": 1}
+    content["pipeline"] = {**content.get("pipeline", {}), "stages": 1, "replicas": 1}
     content["model"] = {name: value for name, value in content.get("model", {}).items() if name != "cuts"}
     content["objective"] = {"name": "vangl", "label_smoothing": config.objective.label_smoothing}
     return _peaks(content)[0]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 from pipetrgl.config.planned import PLAN_SCHEMA, plan_content
+from pipetrgl.config.schema import Config
 from pipetrgl.errors import ConfigError
+from pipetrgl.launchers.start import describe
 from pipetrgl.studies.costs import Cost, LinkSpeed, UnitCost
+from pipetrgl.studies.link_speed import measure_link
 from pipetrgl.studies.planner import PlannedStage, Terms, plan
-from pipetrgl.studies.profile import Profile
+from pipetrgl.studies.profile import Profile, profile
 
 _BUSY = 0.9
 
@@ -79,6 +82,39 @@ def make_plan(profile: Profile, terms: Terms) -> Plan:
     return Plan(profile, terms, plan(profile.units, terms))
 
 
+def plan_for(
+    config: Config, workers: int, max_replicas: int, memory_bytes: int | None = None, repeats: int = 10
+) -> Plan:
+    """Profile the config's blocks and heads and a link on this machine, then plan.
+
+    Raises:
+        DataError, ModelError: as in training.
+        ConfigError: no cuts fit `memory_bytes`.
+    """
+    capacity = config.channel.capacity
+    link = measure_link(repeats=5, capacity=capacity)
+    terms = Terms(workers, link, capacity, config.train.accumulate, max_replicas, memory_bytes)
+    return make_plan(profile(config, describe(config), repeats), terms)
+
+
+def planned(config: Config, say: Callable[[str], None]) -> Config:
+    """The config with what `model.cuts: auto` stands for; any other config as it is.
+
+    Args:
+        say: told the plan's summary.
+    """
+    if config.model.cuts != "auto":
+        return config
+    counts = config.pipeline.replica_counts
+    plan = plan_for(config, workers=sum(counts), max_replicas=max(counts))
+    say(summary(plan))
+    content: dict[str, Any] = config.model_dump(exclude_unset=True)
+    content.setdefault("model", {})["cuts"] = plan.cuts
+    pipeline = content.setdefault("pipeline", {})
+    pipeline["stages"], pipeline["replicas"] = len(plan.cuts), [stage.replicas for stage in plan.stages]
+    return Config.model_validate(content)
+
+
 def to_dict(plan: Plan, environment: Mapping[str, Any]) -> dict[str, Any]:
     """The content of plan.json, docs/run-folder.md."""
     terms = plan.terms
@@ -139,10 +175,10 @@ def summary(plan: Plan) -> str:
     """What `pipetrgl plan` prints."""
     profile, terms = plan.profile, plan.terms
     link = terms.link
-    rows = [["stage", "blocks", "forward", "backward", "update", "compute", "link", "memory"]]
+    rows = [["stage", "blocks", "replicas", "forward", "backward", "update", "compute", "link", "memory"]]
     for number, stage in enumerate(plan.stages):
         times = (stage.forward_s, stage.backward_s, stage.update_s, stage.compute_s, stage.link_s)
-        cells = [f"{1e3 * time_s:.1f} ms" for time_s in times]
+        cells = [str(stage.replicas), *(f"{1e3 * time_s:.1f} ms" for time_s in times)]
         rows.append([str(number), " .. ".join(plan.names(stage)), *cells, f"{stage.memory_bytes / 2**20:.1f} MiB"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = [

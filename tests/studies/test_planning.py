@@ -73,10 +73,10 @@ def test_a_profile_from_a_busy_machine_is_no_secret() -> None:
 
 
 def test_training_takes_cuts_and_stages_of_its_plan_and_the_run_folder_keeps_them(config: Path) -> None:
-    write_plan(config)
+    write_plan(config, stages=[{"replicas": 1}, {"replicas": 2}])
     config.write_text(SMALL + "plan: plan.json\n")
     settings = load(config, [f"run.folder={config.parent}"])
-    assert (settings.model.cuts, settings.pipeline.stages) == ([3, 2], 2)
+    assert (settings.model.cuts, settings.pipeline.stages, settings.pipeline.replicas) == ([3, 2], 2, [1, 2])
     folder = run(settings)
     (config.parent / "plan.json").unlink()
     again = load(folder / "config.yaml")
@@ -85,7 +85,7 @@ def test_training_takes_cuts_and_stages_of_its_plan_and_the_run_folder_keeps_the
     assert "plan" not in dump(settings)
 
 
-@pytest.mark.parametrize("key", ["model.cuts=[1, 4]", "pipeline.stages=3"])
+@pytest.mark.parametrize("key", ["model.cuts=[1, 4]", "pipeline.stages=3", "pipeline.replicas=2"])
 def test_cuts_or_stages_beside_a_plan_are_an_error(config: Path, key: str) -> None:
     write_plan(config)
     with pytest.raises(
@@ -107,10 +107,8 @@ def test_a_plan_for_another_network_is_refused(config: Path) -> None:
         ({"schema": 2}, "is no plan of `pipetrgl plan` with schema 1"),
         ({"cuts": [3, 0]}, "has a stage without blocks"),
         ({"cuts": None}, "is no plan of `pipetrgl plan`: TypeError"),
-        (
-            {"stages": [{"replicas": 2}, {"replicas": 1}]},
-            r"\[2, 1\] replicas, and training has one of each stage so far",
-        ),
+        ({"stages": [{"replicas": 2}]}, r"has 2 stages, but replicas \[2\]"),
+        ({"stages": [{"replicas": 2}, {"replicas": 0}]}, r"has 2 stages, but replicas \[2, 0\]"),
     ],
 )
 def test_a_file_that_training_cannot_follow_says_why(config: Path, changes: dict[str, Any], message: str) -> None:
@@ -126,6 +124,24 @@ def test_a_plan_on_the_command_line_wins_over_the_cuts_of_the_file(config: Path)
     assert load(config).pipeline.stages == 3
     settings = load(config, [f"plan={config.parent / 'plan.json'}"])
     assert (settings.model.cuts, settings.pipeline.stages) == ([3, 2], 2)
+
+
+def test_auto_plans_in_place_for_as_many_workers_as_are_written(config: Path) -> None:
+    said: list[str] = []
+    settings = planning.planned(load(config, ["model.cuts=auto", "pipeline.stages=2"]), said.append)
+    assert isinstance(settings.model.cuts, list)
+    assert sum(settings.model.cuts) == 5
+    assert sum(settings.pipeline.replica_counts) <= 2
+    assert "2 workers, model.cuts" in said[0]
+    assert planning.planned(settings, said.append) is settings
+    done = pipetrgl(config.parent, "train", "config.yaml", "model.cuts=auto", "pipeline.stages=2", "run.report=false")
+    assert done.returncode == 0, done.stderr
+    assert "expected" in done.stdout
+
+
+def test_auto_does_not_go_with_a_run_that_must_be_found_again(config: Path) -> None:
+    with pytest.raises(ConfigError, match="model.cuts: auto may find other cuts each time, so checkpoint.resume: auto"):
+        load(config, ["model.cuts=auto", "checkpoint.resume=auto"])
 
 
 def test_a_plan_that_is_missing_or_torn_says_so(config: Path) -> None:
