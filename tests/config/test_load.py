@@ -102,7 +102,7 @@ def test_wrong_cuts_are_one_row_that_names_all_forms(write: Write, value: str) -
         "; expected one of even, parameters, auto, or a list of integers greater than 0, or a list of strings"
     )
     (row,) = rows(write("model: {cuts: evn}"))
-    assert "'evn' is not allowed. Did you mean 'even'? Allowed: even, parameters, or a list of integers" in row
+    assert "'evn' is not allowed. Did you mean 'even'? Allowed: auto, even, parameters, or a list of integers" in row
 
 
 def test_a_key_at_the_wrong_level_is_told_where_it_belongs(write: Write) -> None:
