@@ -136,8 +136,9 @@ def test_a_replaced_sender_drops_what_the_receiver_has(link: Link) -> None:
     del link.outbox._connection, link.outbox._posted  # the old sender's process is gone, and its sockets with it
     link.outbox._posted = None
     outbox = LinkOutbox(sender, TERMS, link.alarm, Replacements(), ReplayLog(10**6))
-    send(outbox, range(1, 8))
+    thread = send(outbox, range(1, 8))
     assert first + [got.index for got in stream] == list(range(8))
+    thread.join()
     assert outbox.sent_bytes == 4 * 8
     assert outbox.received_index == 7
     outbox.let_go()
