@@ -292,9 +292,13 @@ def _unsuited(config: Config, tree: Entry) -> Iterator[Problem]:
     every, fraction = config.evaluate.valid_every, config.data.valid_fraction
     faults = {}
     if every == 0 or every != int(every):
-        faults["evaluate.valid_every"] = f"{every:g} is not allowed in a study; expected a whole number of epochs, from 1"
+        faults["evaluate.valid_every"] = (
+            f"{every:g} is not allowed in a study; expected a whole number of epochs, from 1"
+        )
     if fraction == 0:
-        faults["data.valid_fraction"] = "0 is not allowed in a study, which chooses epoch and head on the validation split"
+        faults["data.valid_fraction"] = (
+            "0 is not allowed in a study, which chooses epoch and head on the validation split"
+        )
     for key, text in faults.items():
         entry = _written(tree, key.split("."))
         yield Problem(f"{key}: {text}", entry.origin if entry else None)
