@@ -32,8 +32,8 @@ class StudySection(Section):
     """Of the study and its folder; unset: the file's name."""
     config: str
     """The base: a config file, relative to this one, or a section with `defaults:` and options."""
-    cases: dict[str, str] = {}
-    """Conditions under each of which all variants are trained, and compared with each other: a section of options each."""
+    cases: dict[str, str] = Field(default={})
+    """Conditions in each of which all variants are trained, and compared with each other: a section of options each."""
     variants: dict[str, str]
     """What is compared: a section of options each, written in full or as dotted keys; and `choose`."""
     baseline: str | Annotated[list[str], Field(min_length=1)] | None = None
@@ -296,9 +296,7 @@ def _unsuited(config: Config, tree: Entry) -> Iterator[Problem]:
             f"{every:g} is not allowed in a study; expected a whole number of epochs, from 1"
         )
     if fraction == 0:
-        faults["data.valid_fraction"] = (
-            "0 is not allowed in a study, which chooses epoch and head on the validation split"
-        )
+        faults["data.valid_fraction"] = "0 is not allowed in a study, which chooses on the validation split"
     for key, text in faults.items():
         entry = _written(tree, key.split("."))
         yield Problem(f"{key}: {text}", entry.origin if entry else None)

@@ -46,7 +46,7 @@ def score(run: Path, step: int, split: str = "test") -> list[Score]:
 
 
 def _evaluating_only(config: Config, step: int, split: str) -> Config:
-    """A run that ends where the checkpoint does: nothing is left of its stream but the evaluation, and it saves nothing."""
+    """A run that ends where the checkpoint does: its stream holds nothing but the evaluation, and it saves nothing."""
     evaluate = {"valid_every": float(split == "valid"), "test_at_end": split == "test"}
     changes = {
         "train": {"max_steps": step},

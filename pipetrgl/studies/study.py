@@ -77,7 +77,8 @@ class Outcome:
         run: the run folder.
         step, epoch, head: chosen on validation; epochs done, from 1.
         stages: of result.json, with the values at the chosen step: `valid_accuracy`, `valid_loss`, `train_accuracy`,
-            `task_loss`, `transport_cost`, `transport_cost_by_block`; `test_accuracy`, `test_loss`: None until the test.
+            `task_loss`, `transport_cost`, `transport_cost_by_block`; `tau` is None where the objective has none,
+            `test_accuracy` and `test_loss` until the test.
         result: result.json.
     """
 
@@ -294,6 +295,8 @@ def _outcome(trial: Trial) -> Outcome:
     choice = _choice(run, valid)
     step, head = choice["step"], choice["head"]
     at_step = {row["stage"]: row for row in rows if row["kind"] == "valid" and row["step"] == step}
+    objective = trial.config.objective
+    has_tau = objective.name == "trgl" and not objective.transport.multipliers.enabled
     stages = []
     for stage in result["stages"]:
         own = [row for row in rows if row["kind"] == "train" and row["stage"] == stage["stage"] and row["step"] <= step]
@@ -302,6 +305,7 @@ def _outcome(trial: Trial) -> Outcome:
         stages.append(
             {
                 **stage,
+                "tau": stage["tau"] if has_tau else None,
                 "valid_accuracy": at_step[stage["stage"]]["accuracy"],
                 "valid_loss": at_step[stage["stage"]]["task_loss"],
                 "train_accuracy": last["accuracy"],

@@ -93,7 +93,7 @@ def transport_by_block(summaries: Sequence[Summary], look: Mapping[str, dict[str
     if not drawn:
         return None
     figure, axes = _canvas(NARROW, HEIGHT)
-    names = list(max((one.cost_by_block for one in drawn), key=len))
+    names = max((list(one.cost_by_block) for one in drawn), key=len)
     for one in drawn:
         here = [place for place, name in enumerate(names) if name in one.cost_by_block]
         costs = [one.cost_by_block[names[place]] for place in here]

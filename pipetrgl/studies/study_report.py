@@ -14,15 +14,16 @@ from pipetrgl.errors import ConfigError
 from pipetrgl.launchers.environment import environment
 from pipetrgl.studies import plots, study_plots
 from pipetrgl.studies.intervals import Interval
-from pipetrgl.studies.report import ABSENT, percent
-from pipetrgl.studies.study import Outcome
+from pipetrgl.studies.report import ABSENT
+from pipetrgl.studies.study import Outcome, pair_of
 from pipetrgl.studies.study_results import Comparison, Summary, compare, summarise, to_csv, to_dict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HEADER = [
-    "variant", "chosen", "test, best head", "test, last head", "stagnation index", "epoch", "best head of K", "seeds",
+    "variant", "chosen", "tau", "test, best head", "test, last head", "stagnation index", "epoch",
+    "best head of K", "seeds",
 ]  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def _figures(
     look = study_plots.looks(study.variants)
     found: dict[str, tuple[str, Figure | None]] = {}
     for baseline in study.baselines:
-        mine = [one for one in comparisons if baseline in (one.baseline, one.baseline.rpartition("/")[2])]
+        mine = [one for one in comparisons if one.baseline in (baseline, pair_of(one.case, baseline))]
         title = f"Paired differences in test accuracy, against {baseline}"
         found[f"differences_{baseline.replace('/', '_')}"] = title, study_plots.differences(mine, look)
     for case in study.cases:
@@ -118,14 +119,17 @@ def _page(
         "num_seeds": len(study.seeds),
         "baselines": study.baselines,
         "clear": [one.sentence for one in comparisons if one.interval.holds_zero is False],
-        "open": [one.sentence for one in comparisons if one.interval.holds_zero is not False],
+        "differences": [
+            (one.place, one.baseline, one.head, f"{100 * one.interval.mean:+.2f}", one.span, one.verdict)
+            for one in comparisons
+        ],
         "diverged": findings(summaries, []),
         "num_intervals": len(intervals),
         "expected_misses": f"{0.05 * len(intervals):.1f}",
         "header": HEADER,
         "tables": [(case, [_row(one) for one in summaries if one.case == case]) for case in study.cases],
         "choices": [
-            (one.place, name, percent(mean) if mean is not None else "diverged", name == one.candidate)
+            (one.place, name, f"{100 * mean:.2f} %" if mean is not None else "diverged", name == one.candidate)
             for one in summaries
             if len(one.candidates) > 1
             for name, mean in one.candidates.items()
@@ -142,6 +146,7 @@ def _row(one: Summary) -> list[str]:
     return [
         one.variant,
         one.candidate or ABSENT,
+        ", ".join(dict.fromkeys(_tau(tau) for tau in one.taus if tau is not None)) or ABSENT,
         _percent(one.best),
         _percent(one.last),
         _points(one.stagnation),
@@ -159,3 +164,7 @@ def _percent(value: Interval | None) -> str:
 
 def _points(value: Interval | None) -> str:
     return ABSENT if value is None else f"{100 * value.mean:.2f}"
+
+
+def _tau(value: float | str) -> str:
+    return f"{value:g}" if isinstance(value, float) else value

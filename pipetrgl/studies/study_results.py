@@ -34,7 +34,7 @@ class Summary:
         stagnation: mean over seeds, on the validation split; 0 where the last head is the best.
         valid_by_stage, test_by_stage: accuracy of each head.
         cost_by_block: mean over seeds.
-        taus: of each stage.
+        taus: of each stage; None where the objective has none.
     """
 
     case: str
@@ -49,7 +49,7 @@ class Summary:
     valid_by_stage: tuple[Interval, ...]
     test_by_stage: tuple[Interval, ...]
     cost_by_block: Mapping[str, float]
-    taus: tuple[float | str, ...]
+    taus: tuple[float | str | None, ...]
 
     @property
     def place(self) -> str:
@@ -81,17 +81,25 @@ class Comparison:
     @property
     def sentence(self) -> str:
         """In words, with what the interval allows to say."""
-        points, half = 100 * self.interval.mean, self.interval.half
-        what = f"{self.place} against {self.baseline}, {self.head} head: {points:+.2f} points"
-        if half is None:
-            return f"{what} with one seed, which says nothing about chance."
-        if half == 0 and points == 0:
-            return f"{what}: equal with every seed."
-        seeds = f"{self.interval.count} paired seeds"
-        span = f"{what} ({points - 100 * half:+.2f} to {points + 100 * half:+.2f}, {seeds})"
+        what = f"{self.place} against {self.baseline}, {self.head} head: {100 * self.interval.mean:+.2f} points"
+        return f"{what} ({self.span}, {self.interval.count} paired seeds): {self.verdict}."
+
+    @property
+    def span(self) -> str:
+        """The interval in points, such as "-0.32 to +0.62"."""
+        low, high = self.interval.low, self.interval.high
+        return "no interval" if low is None or high is None else f"{100 * low:+.2f} to {100 * high:+.2f}"
+
+    @property
+    def verdict(self) -> str:
+        """What the interval allows to say."""
+        if self.interval.half is None:
+            return "a single seed says nothing about chance"
+        if not any(self.differences.values()):
+            return "equal with every seed"
         if self.interval.holds_zero:
-            return f"{span}: the interval holds 0, so no difference is shown."
-        return f"{span}: {'better' if points > 0 else 'worse'}, the interval does not hold 0."
+            return "the interval holds 0, no difference is shown"
+        return "better" if self.interval.mean > 0 else "worse"
 
 
 def summarise(study: Study, outcomes: Sequence[Outcome], chosen: Mapping[str, str]) -> list[Summary]:
@@ -144,13 +152,15 @@ def _accuracy(outcome: Outcome, head: str) -> float:
 
 
 def compare(study: Study, summaries: Sequence[Summary]) -> list[Comparison]:
-    """Each variant against each baseline, over the seeds that both have; a baseline without a case is that of the own."""
+    """Each variant against each baseline, no pair twice; a baseline without a case is the one in the variant's own."""
     by_place = {summary.place: summary for summary in summaries}
-    found = []
+    found: list[Comparison] = []
     for baseline in study.baselines:
         for summary in summaries:
             other = by_place.get(pair_of(summary.case, baseline)) or by_place.get(baseline)
             if other is None or other is summary or not summary.outcomes or not other.outcomes:
+                continue
+            if any((one.place, one.baseline) == (summary.place, other.place) for one in found):
                 continue
             for head in ("best", "last"):
                 differences = {
