@@ -15,8 +15,9 @@ from pipetrgl.launchers.environment import environment
 from pipetrgl.studies import plots, study_plots
 from pipetrgl.studies.intervals import Interval
 from pipetrgl.studies.report import ABSENT
-from pipetrgl.studies.study import Outcome, pair_of
+from pipetrgl.studies.study import pair_of
 from pipetrgl.studies.study_results import Comparison, Summary, compare, summarise, to_csv, to_dict
+from pipetrgl.studies.trials import Outcome
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,8 @@ from typing import Any
 from pipetrgl.config.study import Study
 from pipetrgl.studies import diagnostics
 from pipetrgl.studies.intervals import Interval, interval
-from pipetrgl.studies.study import Outcome, pair_of
+from pipetrgl.studies.study import pair_of
+from pipetrgl.studies.trials import Outcome
 
 COLUMNS = (
     "study", "case", "variant", "candidate", "chosen", "seed", "status", "stage", "num_stages", "best_head", "step",
