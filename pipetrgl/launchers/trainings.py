@@ -1,4 +1,4 @@
-"""Many trainings, a few at a time, each in a process of its own that the `local` or `serial` launcher then leads."""
+"""Many trainings, a few at a time, each in a process of its own."""
 
 from __future__ import annotations
 

@@ -23,11 +23,11 @@ from pipetrgl.data.order import epoch_order
 from pipetrgl.errors import ConfigError, LaunchError, StoppedError
 from pipetrgl.launchers.folder import claimed
 from pipetrgl.launchers.scoring import score
-from pipetrgl.launchers.start import describe
+from pipetrgl.launchers.start import describe, train
 from pipetrgl.studies.study import choose, run_study
 from pipetrgl.studies.study_report import findings, write_answer
 from pipetrgl.studies.study_results import Comparison, compare, summarise, to_csv
-from pipetrgl.studies.trials import Outcome, Trial, plan_trials
+from pipetrgl.studies.trials import Outcome, Trial, plan_trials, read_outcome
 from pipetrgl.worker import build_stage
 
 BASE = """
@@ -219,6 +219,35 @@ def test_only_the_chosen_candidate_meets_the_test_split(tmp_path: Path) -> None:
     (summary,) = summarise(study_of(tmp_path, text), outcomes, chosen)
     assert summary.candidate == "lr=0.05"
     assert list(summary.candidates) == ["lr=1e-09", "lr=0.05"]
+
+
+@pytest.mark.parametrize("order", ["sequential", "multi_lap"])
+def test_one_stage_at_a_time_is_chosen_among_steps_that_reach_all_heads(tmp_path: Path, order: str) -> None:
+    # 16 steps an epoch, two epochs a stage: only from step 48 on has the second stage learned
+    study = study_of(tmp_path, f"seeds: 1\nvariants:\n  a: {{train.order: {order}}}\n")
+    (trial,) = plan_trials(study, tmp_path / "out")
+    train(trial.config, lambda blueprint, folder: lambda row: None)
+    found = read_outcome(trial)
+    assert found.step in (48, 64)
+    assert found.epoch == found.step // 16
+    again = score(found.run, found.step, "valid")
+    assert [one.accuracy for one in again] == [stage["valid_accuracy"] for stage in found.stages]
+
+
+def test_the_step_is_that_of_the_best_mean_over_heads(tmp_path: Path) -> None:
+    (trial,) = plan_trials(study_of(tmp_path, "seeds: 1\nvariants: {a: }\n"), tmp_path / "out")
+    result = train(trial.config, lambda blueprint, folder: lambda row: None)
+    assert result is not None
+    path = Path(result["run"]) / "metrics.jsonl"
+    # as if the first epoch had the best single head, and the second one the best mean: 0.50 against 0.55
+    accuracies = {(16, 0): 0.9, (16, 1): 0.1, (32, 0): 0.5, (32, 1): 0.6}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "valid":
+            row["accuracy"] = accuracies[row["step"], row["stage"]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_outcome(trial)
+    assert (found.step, found.epoch, found.head, found.best_valid) == (32, 2, 1, 0.6)
 
 
 def test_a_variant_that_diverges_is_named_and_compared_with_nothing(tmp_path: Path) -> None:
