@@ -1,4 +1,4 @@
-"""The command line: `pipetrgl train`, `validate`, `plan`, `simulate`, `memory`, `schema` and `report`."""
+"""The command line: `pipetrgl train`, `validate`, `plan`, `simulate`, `memory`, `study`, `schema` and `report`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.console import Console
 
 from pipetrgl.blueprint import Blueprint, draw_up
 from pipetrgl.config.load import json_schema, load
+from pipetrgl.config.study import load_study
 from pipetrgl.console import Progress, print_result
 from pipetrgl.engine.checkpoint import write_atomically
 from pipetrgl.errors import ConfigError, Interrupted, PipetrglError
@@ -29,6 +30,8 @@ from pipetrgl.studies.peaks import peak_rss, peak_rss_end_to_end
 from pipetrgl.studies.planning import plan_for, planned, summary, to_dict
 from pipetrgl.studies.planning import read as read_plan
 from pipetrgl.studies.report import write_report
+from pipetrgl.studies.study import run_study
+from pipetrgl.studies.study_report import write_answer
 
 app = typer.Typer(
     add_completion=False,
@@ -122,6 +125,22 @@ def simulate(
     """Say what the stages of a plan would give on other links or with other workers; trains nothing."""
     changes = what_if.Changes(workers, repeat, capacity, link_gbps, jitter, tuple(straggler or ()))
     print(what_if.answer(read_plan(plan), batches, changes))
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="YAML file, see configs/studies/.")],
+    *,
+    out: Annotated[Path | None, typer.Option(help="Its folder; unset: runs/NAME of the study.")] = None,
+) -> None:
+    """Train variants with several seeds each, and compare them pair by pair; goes on where it was ended."""
+    stop = threading.Event()
+    stop_on_signals(stop, say=_say)
+    described = load_study(file)
+    folder = out or Path("runs") / described.name
+    outcomes, chosen = run_study(described, folder, lambda line: print(line, flush=True), stop)
+    for line in write_answer(described, outcomes, chosen, folder):
+        print(line)
 
 
 @app.command()

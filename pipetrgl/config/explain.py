@@ -37,11 +37,16 @@ def section_in(kind: Any) -> type[Section] | None:
     return item if isinstance(item, type) and issubclass(item, Section) else None
 
 
-def explain(error: ValidationError, tree: Entry) -> Iterator[Problem]:
-    """One problem for each wrong value, unknown key or broken rule; the branches of a union make one together."""
+def explain(error: ValidationError, tree: Entry, root: type[Section] = Config) -> Iterator[Problem]:
+    """One problem for each wrong value, unknown key or broken rule; the branches of a union make one together.
+
+    Args:
+        tree: what was validated.
+        root: the section that the whole tree is.
+    """
     seen: set[Path] = set()
     for detail in error.errors(include_url=False):
-        path, section, field = _locate(detail["loc"])
+        path, section, field = _locate(detail["loc"], root)
         if detail["type"] == "extra_forbidden":
             yield Problem(f"{dotted(path)}: unknown key. {_similar_key(path, section)}", _origin(tree, path))
         elif detail["type"] == "value_error":

@@ -45,16 +45,21 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     tree = read(path, problems)
     for override in overrides:
         tree = merge(tree, _override(override, problems))
+    config = settle(tree, problems)
+    if problems or config is None:
+        raise ConfigError(report(path, problems))
+    return config
+
+
+def settle(tree: Entry, problems: list[Problem]) -> Config | None:
+    """The config that a merged tree describes; what is wrong with it is added to the problems of its files."""
     tree = _with_planned_cuts(_with_absolute_root(tree), problems)
-    config = None
     try:
-        config = Config.model_validate(_without_empty_sections(plain(tree), Config))
+        return Config.model_validate(_without_empty_sections(plain(tree), Config))
     except ValidationError as error:
         incomplete = any(problem.hides_values for problem in problems)
         problems.extend(problem for problem in explain(error, tree) if not (incomplete and problem.hides_values))
-    if problems or config is None:
-        raise ConfigError(_report(path, problems))
-    return config
+        return None
 
 
 def _override(text: str, problems: list[Problem]) -> Entry:
@@ -160,7 +165,8 @@ def _without_empty_sections(content: Plain, section: type[Section]) -> Plain:
     }
 
 
-def _report(path: Path, problems: Sequence[Problem]) -> str:
+def report(path: Path, problems: Sequence[Problem]) -> str:
+    """All problems of a file and of those it inherits from, one row each with its place."""
     main = real(path) if "\0" not in str(path) else path
 
     def place(problem: Problem) -> tuple[int, str, int, str]:

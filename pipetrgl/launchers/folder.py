@@ -98,9 +98,11 @@ def make_run_folder(config: Config) -> Path:
 
 
 @contextlib.contextmanager
-def claimed(run: Path) -> Iterator[None]:
-    """Hold the run folder; the kernel lets go of it however this process ends.
+def claimed(run: Path, otherwise: str = "or start a run of its own with checkpoint.resume=never") -> Iterator[None]:
+    """Hold the folder of a run or a study; the kernel lets go of it however this process ends.
 
+    Args:
+        otherwise: what a user may do who will not wait.
     Raises:
         LaunchError: another process leads a run in it.
     """
@@ -110,8 +112,7 @@ def claimed(run: Path) -> Iterator[None]:
         except OSError as error:
             lock.seek(0)
             raise LaunchError(
-                f"{run} is in use by process {lock.read().strip()}; wait for its end, or start a run of its own with "
-                "checkpoint.resume=never"
+                f"{run} is in use by process {lock.read().strip()}; wait for its end, {otherwise}"
             ) from error
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from pipetrgl.config.load import load
 from pipetrgl.config.schema import Config
+from pipetrgl.config.study import load_study
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "pipetrgl"
@@ -110,7 +111,7 @@ def test_no_pickle_and_no_unsafe_load() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_config_loads_and_opens_with_an_honest_head(path: Path) -> None:
-    load(path)
+    (load_study if path.parent.name == "studies" else load)(path)
     head = path.read_text().split("\n\n")[0].lower()
     assert path.read_text().startswith("#")
     for word in ("command", "expected", "time"):
