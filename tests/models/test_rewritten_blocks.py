@@ -1,6 +1,6 @@
 """Transformer blocks against their formula written out again: loss with the transport cost, and every gradient.
 
-    r1 = attention(LN(x)),  r2 = MLP(LN(x + r1)),  loss = CE(linear(mean over tokens)) + (mean r1^2 + mean r2^2) / (2 tau)
+r1 = attention(LN(x)),  r2 = MLP(LN(x + r1)),  loss = CE(linear(mean over tokens)) + (mean r1^2 + mean r2^2) / (2 tau)
 """
 
 from __future__ import annotations

@@ -71,11 +71,14 @@ def test_a_vgg_gives_the_output_of_torchvisions_features_bit_for_bit(depth: int,
 
 
 def test_a_vit_gives_torchvisions_output() -> None:
-    theirs, x = randomised(
-        TORCHVISION.VisionTransformer(
-            image_size=32, patch_size=8, num_layers=3, num_heads=4, hidden_dim=32, mlp_dim=128, num_classes=10
-        )
-    ).double(), images(32).double()
+    theirs, x = (
+        randomised(
+            TORCHVISION.VisionTransformer(
+                image_size=32, patch_size=8, num_layers=3, num_heads=4, hidden_dim=32, mlp_dim=128, num_classes=10
+            )
+        ).double(),
+        images(32).double(),
+    )
     nn.init.normal_(theirs.heads.head.weight, generator=torch.Generator().manual_seed(2))  # torchvision starts it at 0
     config = ModelConfig(name="vit", depth=3, width=32, patch=8, num_heads=4)
     activation = ours(config, theirs, x)
