@@ -1,4 +1,4 @@
-"""configs/paper: blocks and parameters of every stage, against sums written out here and numbers that others published."""
+"""configs/paper: blocks and parameters of every stage, against sums written out here and totals of torchvision."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Counts:
 
 
 def conv1(channels: int, side: int, num_classes: int) -> int:
-    """Convolution 9 C^2, BatchNorm 2 C, and a linear layer behind an average pool of 16 (maps from 48), 8 or the map."""
+    """Convolution 9 C^2, BatchNorm 2 C, and a linear layer behind an average pool of 16 (maps from 48) or 8."""
     pooled = side // min(16 if side >= 48 else 8, side)
     return 9 * channels**2 + 2 * channels + channels * pooled**2 * num_classes + num_classes
 
