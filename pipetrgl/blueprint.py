@@ -9,6 +9,7 @@ from typing import final
 
 import torch
 
+from pipetrgl import optim
 from pipetrgl.blocks import BlockSpec, Network
 from pipetrgl.config.load import config_hash
 from pipetrgl.config.planned import read_plan
@@ -17,9 +18,11 @@ from pipetrgl.data.dataset import DataSpec
 from pipetrgl.data.itinerary import Itinerary
 from pipetrgl.errors import ModelError
 from pipetrgl.models import heads, zoo
+from pipetrgl.models.batchnorm import BatchNorm2d
 from pipetrgl.objective import stage_taus
 from pipetrgl.objectives import table
 from pipetrgl.partition import partition
+from pipetrgl.stability import certain_limit
 from pipetrgl.world import World
 
 
@@ -114,7 +117,8 @@ def draw_up(config: Config, spec: DataSpec) -> Blueprint:
     """Build the plan of a run and check all that can be checked without training.
 
     Raises:
-        ModelError: no such model, an illegal cut, a head that does not fit, or a transport cost that is undefined.
+        ModelError: no such model, an illegal cut, a head that does not fit, or a transport cost that is undefined
+            or certain to diverge.
         ConfigError: the cuts come from a plan of another network.
         DataError: the training split is too small for one step.
     """
@@ -128,6 +132,7 @@ def draw_up(config: Config, spec: DataSpec) -> Blueprint:
         blueprint.stage_parameters(stage)
     if config.objective.transport.kind == "stage":
         _require_equal_shapes(blueprint)
+    _require_stable(blueprint)
     assert blueprint.itinerary.total_steps > 0
     return blueprint
 
@@ -145,3 +150,31 @@ def _require_equal_shapes(blueprint: Blueprint) -> None:
                 f"objective.transport.kind: 'stage' needs equal shapes, but stage {stage} ({names[0]} to {names[1]}) "
                 f"turns {before} into {after}; use 'branch' or 'displacement', or other model.cuts"
             )
+
+
+def _require_stable(blueprint: Blueprint) -> None:
+    """Refuse a tau with which SGD diverges whatever the data; what the data decide is left to `StabilityGuard`."""
+    objective, optimizer = blueprint.config.objective, blueprint.config.optim
+    transport = objective.transport
+    moving = transport.multipliers.enabled  # a weight of 1 / lambda falls from step to step
+    if optimizer.name != "sgd" or objective.name != "trgl" or transport.kind != "branch" or moving:
+        return
+    lr = optim.peak_rate(optimizer)
+    for stage, indices in enumerate(blueprint.ranges):
+        for index in indices:
+            limit = certain_limit(blueprint.shapes[index], lr, optimizer.momentum, transport.norm)
+            if blueprint.taus[stage] < limit and _adds_a_vector(blueprint.network.blocks[index]):
+                raise ModelError(
+                    f"objective.transport.tau: {blueprint.taus[stage]:g} in stage {stage} is below {limit:.3g}, where "
+                    f"SGD with optim.lr {lr:g} and momentum {optimizer.momentum:g} diverges on the transport cost of "
+                    f"block '{blueprint.network.blocks[index].name}' alone, whatever the data; raise tau or lower "
+                    "optim.lr"
+                )
+
+
+def _adds_a_vector(spec: BlockSpec) -> bool:
+    """Whether a residual branch of the block ends by adding a learned vector: BatchNorm's beta, or a bias."""
+    with torch.device("meta"):
+        block = spec.build()
+    closed = any(isinstance(module, BatchNorm2d) for module in block.modules())
+    return closed or any(layer.bias is not None for layer in getattr(block, "branch_ends", ()))

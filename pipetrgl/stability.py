@@ -4,10 +4,13 @@ For a branch that ends in a convolution or linear layer r = W phi(x), SGD with m
 
     tau > lr * lambda_max / (2 * (1 + m) * C),    lambda_max the largest eigenvalue of E[phi phi^T], C output channels.
 
-Verified in docs/method.md: 0.9 of the limit diverges, 1.1 converges.
+Verified in docs/method.md: 0.9 of the limit diverges, 1.1 converges. lambda_max is known once there is a batch; that it
+is at least 1 is known before, where the branch ends by adding a learned vector: a bias, or the beta of a BatchNorm.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +56,21 @@ def tau_limit(layer: Layer, x: Tensor, lr: float, momentum: float, norm: str = "
     channels = out.shape[1] if isinstance(layer, nn.Conv2d) else out.shape[-1]
     limit = lr * largest_eigenvalue(layer, x) / (2 * (1 + momentum) * channels)
     return float(limit * out[0].numel()) if norm == "sum" else limit
+
+
+def certain_limit(shape: tuple[int, ...], lr: float, momentum: float, norm: str = "mean") -> float:
+    """The tau below which SGD diverges, whatever the data, on the cost of a branch r = W phi(x) + b, alone.
+
+    With the bias as a column of W, phi holds a constant 1, so lambda_max >= 1. The same holds of BatchNorm's beta, for
+    its part of the cost is mean_c(beta_c ** 2).
+
+    Args:
+        shape: of r for one sample, (C, H, W) or (T, C).
+        lr, momentum, norm: as in `tau_limit`.
+    """
+    channels = shape[0] if len(shape) == 3 else shape[-1]
+    limit = lr / (2 * (1 + momentum) * channels)
+    return limit * math.prod(shape) if norm == "sum" else limit
 
 
 def _gram_product(layer: Layer, x: Tensor, vector: Tensor) -> Tensor:

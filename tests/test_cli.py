@@ -50,6 +50,13 @@ def test_every_mistake_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
         (["model.depth=21"], "depth 21"),
         (["model.head.name=tokens"], "tokens"),
         (["objective.transport.kind=stage"], "'stage' needs equal shapes, but stage"),
+        (["objective.transport.tau=1.0e-9"], "objective.transport.tau: 1e-09 in stage 0 is below"),
+        (["model.depth=14", "model.name=torchvision:resnet19"], "no classifier 'resnet19'. Did you mean"),
+        (["model.depth=14", "model.name=timm:vit_tiny_patch17_224"], "Nearest: 'vit_tiny_patch16_224'"),
+        (
+            ["model.depth=14", "model.name=timm:vit_tiny_patch16_224", "model.head.name=tokens", "objective=infopro"],
+            "'infopro' needs the reconstruction of a stage's input",
+        ),
         (["data.name=cifar10", "data.root=nowhere"], "nowhere"),
         (["train.batch=100000", "train.drop_last=true"], "too few for one step of 100000 rows"),
         (["run.folder=/proc/nothing"], "run.folder: cannot write to '/proc/nothing'"),
