@@ -92,10 +92,11 @@ class _Synchronised(Function):
         eps: float,
         group: Group,
     ) -> tuple[Tensor, Tensor]:
-        var, mean = torch.var_mean(z, _dims(z), correction=0)
+        wide = _widened(z)
+        var, mean = torch.var_mean(wide, _dims(z), correction=0)
         count = z.numel() // z.size(1)
         # one sum: each replica fills its own row of a table of zeros
-        table = z.new_zeros(group.num_replicas, 2 * z.size(1) + 1)
+        table = wide.new_zeros(group.num_replicas, 2 * z.size(1) + 1)
         table[group.replica] = torch.cat([mean, var, mean.new_tensor([float(count)])])
         counts = group.add_up(table)[:, -1:]
         means, variances = table[:, :-1].chunk(2, dim=1)
@@ -107,7 +108,7 @@ class _Synchronised(Function):
         running_mean.lerp_(mean, momentum)
         running_var.lerp_(var * (total / (total - 1)), momentum)
         invstd = (var + eps).rsqrt()
-        y = (z - _column(mean, z)) * _column(invstd * weight, z) + _column(bias, z)
+        y = ((wide - _column(mean, z)) * _column(invstd * weight, z) + _column(bias, z)).to(z.dtype)
         mean_square = (weight.square() * (1.0 - eps * invstd.square()) + bias.square()).mean()
         ctx.save_for_backward(z, weight, bias, mean, invstd, total)
         ctx.eps, ctx.group = eps, group
@@ -126,9 +127,10 @@ class _Synchronised(Function):
         """
         z, weight, bias, mean, invstd, total = ctx.saved_tensors
         eps: float = ctx.eps
-        centred = z - _column(mean, z)
+        centred = _widened(z) - _column(mean, z)
         grad_z, grad_weight, grad_bias = None, None, None
         if grad_y is not None:
+            grad_y = _widened(grad_y)
             x = centred * _column(invstd, z)
             grad_bias, grad_weight = grad_y.sum(_dims(z)), (grad_y * x).sum(_dims(z))
             sums = ctx.group.add_up(torch.cat([grad_bias, grad_weight])) / total
@@ -146,7 +148,12 @@ class _Synchronised(Function):
                 cost if grad is None else grad + cost
                 for grad, cost in zip((grad_z, grad_weight, grad_bias), costs, strict=True)
             )
-        return grad_z, grad_weight, grad_bias, None, None, None, None, None
+        return None if grad_z is None else grad_z.to(z.dtype), grad_weight, grad_bias, None, None, None, None, None
+
+
+def _widened(x: Tensor) -> Tensor:
+    """Statistics are float32 at least, also under autocast."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _dims(z: Tensor) -> list[int]:

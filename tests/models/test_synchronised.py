@@ -120,3 +120,16 @@ def test_every_layer_is_replaced_and_keeps_its_names_and_parameters() -> None:
 def test_one_value_per_channel_over_all_replicas_is_refused() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel when training, over all replicas"):
         alone(norm_of(4))(torch.zeros(1, 3, 1, 1))
+
+
+def test_half_precision_is_normalised_with_float32_statistics() -> None:
+    norm, rows = norm_of(4), rows_of(4)
+    z = rows.bfloat16().requires_grad_()
+    y = alone(copy.deepcopy(norm))(z)
+    expected = norm(z.detach())
+    assert y.dtype == expected.dtype == torch.bfloat16
+    # one rounding to eight bits
+    torch.testing.assert_close(y.float(), expected.float(), rtol=2**-7, atol=2**-7)
+    y.sum().backward()
+    assert z.grad is not None
+    assert z.grad.dtype == torch.bfloat16
