@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from pipetrgl import optim
+from pipetrgl import kernels, optim, precision
 from pipetrgl.blueprint import Blueprint
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.contracts import Inbox, NullOutbox, OneReplica, Outbox
@@ -132,6 +132,7 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device) -> Stage
     initialise(criterion, init, torch_stream(config.seed, "criterion", last))
     for module in (*blocks, head, criterion):
         module.to(device)
+    kernels.lay_out(config.train, (*blocks, head, criterion))
     named = [
         (prefix + name, parameter)
         for prefix, module in [
@@ -149,9 +150,11 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device) -> Stage
             num_stages=blueprint.num_stages,
             specs=specs,
             blocks=blocks,
+            calls=kernels.calls(config.train, blocks, device),
             head=head,
             criterion=criterion,
             objective=StageObjective(config.objective, blueprint.taus[index], device),
+            precision=precision.build(config.train, device, index),
             optimizer=optim.build(config.optim, named),
             learning_rate=functools.partial(_learning_rate, blueprint, itinerary.steps_per_epoch, own_steps),
             replicas=OneReplica(),
