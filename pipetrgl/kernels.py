@@ -77,7 +77,9 @@ class Compiled:
         self._compiled: BlockCall = _compile(block)
 
     def __call__(self, x: Tensor) -> BlockOutput:
-        call = self._compiled if torch.is_grad_enabled() else self._block
+        # Compiled code takes no notice of hooks that come and go, such as the stability guard's in the first step.
+        watched = any(layer._forward_pre_hooks for layer in self._block.modules())
+        call = self._compiled if torch.is_grad_enabled() and not watched else self._block
         output: BlockOutput = call(x)
         return output
 

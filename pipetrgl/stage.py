@@ -199,7 +199,7 @@ class Stage:
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Take weights, buffers, multiplier, loss scale and optimizer state by the names of `state` and `optimizer_state`.
+        """Take weights, buffers, multiplier, loss scale and optimizer state by the names that they have there.
 
         Returns:
             Modules that `state` has nothing for, such as the head of a new cut; these keep what they have.
