@@ -17,6 +17,7 @@ from pipetrgl.errors import DivergedError
 from pipetrgl.launchers.start import describe
 from pipetrgl.microbatch import MicroBatch, Split
 from pipetrgl.models.batchnorm import BatchNorm2d
+from pipetrgl.objective import displacement
 from pipetrgl.stage import Stage
 from pipetrgl.worker import Job, build_loader, build_stage
 from tests.equivalence.runs import tiny
@@ -89,6 +90,28 @@ def test_the_batchnorm_identity_is_float32_under_autocast(form: str, dtype: torc
     with torch.autocast("cpu", dtype):
         _, measured = norm.eval().with_mean_square(z)
     assert measured.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["predsim", "infopro"])
+def test_rivals_compute_in_float32(tmp_path: Path, name: str) -> None:
+    config = tiny("resnet", tmp_path, pipeline={"stages": 2}, train={"precision": "fp16"}, objective={"name": name})
+    blueprint = draw_up(config, describe(config))
+    with build_loader(Job(blueprint, tmp_path, {})) as loader:
+        batch = next(micro_batch for micro_batch in loader if micro_batch.split is Split.TRAIN)
+    stage = build_stage(blueprint, 0, CPU)
+    seen: list[Any] = []
+    stage.criterion.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs))
+    assert bool(gradient(stage, batch).isfinite().any())
+    z, h, _, loss = seen
+    assert [tensor.dtype for tensor in (z, h, loss)] == [torch.float32] * 3
+
+
+def test_a_displacement_is_taken_in_float32() -> None:
+    #  256 - 1.0078125 = 254.9921875; bf16 has eight bits and would say 255
+    x, y = torch.tensor([[1.0078125]], dtype=torch.bfloat16), torch.tensor([[256.0]], dtype=torch.bfloat16)
+    (residual,) = displacement(x, y)
+    assert residual.value is not None
+    assert residual.value.item() == 254.9921875
 
 
 def scale_of(stage: Stage) -> tuple[float, int]:

@@ -30,7 +30,8 @@ def trained(folder: Path, model: str, launcher: str, train: dict[str, Any], /, *
         ("vgg", {"channels_last": True, "precision": "fp16"}, {}),  # its last maps are of one pixel
         ("resnet", ALL, {"fused": True}),
         ("vit", {"precision": "fp16", "recompute": True}, {**ADAM, "fused": True}),
-        ("mlp", {"precision": "bf16"}, {}),  # under the stability guard
+        ("resnet_preact", {"precision": "bf16"}, {}),  # under the stability guard
+        ("mlp", {"precision": "fp16"}, {}),
     ],
 )
 def test_threads_equal_serial(tmp_path: Path, model: str, train: dict[str, Any], optim: dict[str, Any]) -> None:
