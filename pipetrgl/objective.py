@@ -42,7 +42,12 @@ def _mean_square(residual: Residual) -> Tensor:
     if residual.mean_square is not None:
         return residual.mean_square
     assert residual.value is not None
-    return residual.value.square().mean()
+    return _wide(residual.value).square().mean()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32, whatever the blocks compute in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class TransportWeight(Protocol):
@@ -206,7 +211,7 @@ class StageObjective:
 
 def displacement(x: Tensor, y: Tensor) -> tuple[Residual, ...]:
     """r = T(x) - x as a residual; nothing where the shapes differ."""
-    return (Residual.of(y - x),) if x.shape == y.shape else ()
+    return (Residual.of(_wide(y) - _wide(x)),) if x.shape == y.shape else ()
 
 
 def stage_taus(config: TransportConfig, num_stages: int) -> tuple[float, ...]:

@@ -23,10 +23,12 @@ def build(config: OptimConfig, parameters: NamedParameters) -> torch.optim.Optim
     if rest:
         groups.append({"params": rest, "weight_decay": 0.0})
     lr, decay = config.lr, config.weight_decay
+    fused = config.fused or None  # None leaves torch its own choice, on a GPU a loop over groups of tensors
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=decay)
+        momentum, nesterov = config.momentum, config.nesterov
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=decay, fused=fused)
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return kind(groups, lr=lr, betas=config.betas, weight_decay=decay)
+    return kind(groups, lr=lr, betas=config.betas, weight_decay=decay, fused=fused)
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:

@@ -9,13 +9,15 @@ from typing import Protocol, final
 import torch
 from torch import Tensor, nn
 
-from pipetrgl.blocks import BlockOutput, BlockSpec
+from pipetrgl.blocks import BlockSpec
 from pipetrgl.channels.contracts import ReplicaGroup
 from pipetrgl.channels.gradients import GradientSum
 from pipetrgl.channels.replicas import add_up
 from pipetrgl.errors import ModelError
+from pipetrgl.kernels import BlockCall
 from pipetrgl.microbatch import Activation, MicroBatch
 from pipetrgl.objective import LocalLoss, StageObjective
+from pipetrgl.precision import Precision
 from pipetrgl.seeds import derive
 
 
@@ -24,8 +26,8 @@ class StageOutput:
     """What a stage's forward gives.
 
     Attributes:
-        activation: T_k(z), with graph while training; the loop detaches it before it leaves.
-        logits: F_k(T_k(z)), (N, classes).
+        activation: T_k(z), float32, with graph while training; the loop detaches it before it leaves.
+        logits: F_k(T_k(z)), (N, classes), float32.
         loss: the local loss on this micro-batch, with graph while training.
         cost_names: the block of each entry of `loss.by_block`.
     """
@@ -55,9 +57,11 @@ class StageParts:
     num_stages: int
     specs: Sequence[BlockSpec]
     blocks: Sequence[nn.Module]
+    calls: Sequence[BlockCall]
     head: nn.Module
     criterion: nn.Module
     objective: StageObjective
+    precision: Precision
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[int], float]
     replicas: ReplicaGroup
@@ -94,6 +98,8 @@ class Stage:
         self.replicas = parts.replicas
         self._gradients = parts.gradients
         self._reseed = parts.reseed
+        self._calls = tuple(parts.calls)
+        self._precision = parts.precision
         self._seed = parts.seed
         counted = [position for position, spec in enumerate(self.specs) if spec.counted]
         sgd = isinstance(parts.optimizer, torch.optim.SGD)
@@ -113,7 +119,9 @@ class Stage:
         micro_batch = micro_batch.carrying(z)
         with torch.set_grad_enabled(train):
             activation, names, costs = self._run_blocks(micro_batch, train)
-            logits = self.head(activation)
+            with self._precision.computing():
+                logits = self.head(activation)
+            activation, logits = activation.float(), logits.float()  # what leaves, and every loss, whatever computed it
             target = micro_batch.target.to(self.device, non_blocking=True)
             if train and micro_batch.whole.start == 0 and self.objective.adapts:
                 self._observe(logits, target, len(micro_batch.whole))
@@ -129,14 +137,16 @@ class Stage:
             total = total * (micro_batch.num_rows / micro_batch.batch_rows)
         if micro_batch.closes_step:
             self._gradients.arm()
-        total.backward()  # type: ignore[no-untyped-call]
+        self._precision.scaled(total).backward()  # type: ignore[no-untyped-call]
 
     def update(self) -> None:
         """One optimizer step of blocks and head, at the schedule's rate for it."""
         self._gradients.finish()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        self.optimizer.step()
+        if not self._precision.step(self.optimizer):
+            self.skip_update()
+            return
         self.optimizer.zero_grad(set_to_none=True)
         self.num_updates += 1
 
@@ -172,12 +182,17 @@ class Stage:
             yield from ((prefix + name, parameter) for name, parameter in module.named_parameters())
 
     def state(self) -> dict[str, Tensor]:
-        """Weights and buffers by network name, and the objective's multiplier; no copies."""
+        """Weights and buffers by network name, the objective's multiplier and the loss scale; no copies of weights."""
         state: dict[str, Tensor] = {}
         for prefix, module in self.named_modules():
             state.update({prefix + name: tensor for name, tensor in module.state_dict().items()})
         objective = self.objective.weight.state().items()
-        return state | {f"objective.{self.last_block}.{name}": tensor for name, tensor in objective}
+        precision = self._precision.state().items()
+        return (
+            state
+            | {f"objective.{self.last_block}.{name}": tensor for name, tensor in objective}
+            | {f"precision.{self.last_block}.{name}": tensor for name, tensor in precision}
+        )
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """What the optimizer remembers of each parameter, as `optimizer.<parameter>.<what>`; no copies."""
@@ -190,7 +205,7 @@ class Stage:
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Take weights, buffers, multiplier and optimizer state by the names of `state` and `optimizer_state`.
+        """Take weights, buffers, multiplier, loss scale and optimizer state by the names that they have there.
 
         Returns:
             Modules that `state` has nothing for, such as the head of a new cut; these keep what they have.
@@ -218,24 +233,32 @@ class Stage:
                         f"stage {self.index}: the checkpoint's optimizer state of {name} has another shape"
                     )
                 self.optimizer.state[parameter] = {
-                    what: value.clone() if value.ndim == 0 else value.to(self.device, copy=True)
-                    for what, value in remembered.items()
+                    what: self._as_remembered(value, parameter) for what, value in remembered.items()
                 }
         if objective := _below(state, f"objective.{self.last_block}."):
             self.objective.weight.load_state(objective)
+        if precision := _below(state, f"precision.{self.last_block}."):
+            self._precision.load_state(precision)
         return missing
+
+    def _as_remembered(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        """A copy as the optimizer itself would have made it; fused kernels rely on equal strides and devices."""
+        if value.ndim > 0:
+            return torch.empty_like(parameter, requires_grad=False).copy_(value)
+        return value.to(self.device, copy=True) if self.optimizer.defaults.get("fused") else value.clone()
 
     def walk(self, micro_batch: MicroBatch, train: bool) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         """Run the blocks one by one: the name of each, its activation, and its transport cost if it has one."""
-        x = _moved(micro_batch.activation, self.device)
+        x = self._precision.entering(_moved(micro_batch.activation, self.device))
         start = x
-        for position, (spec, block) in enumerate(zip(self.specs, self.blocks, strict=True)):
+        for position, (spec, block, call) in enumerate(zip(self.specs, self.blocks, self._calls, strict=True)):
             if train:
                 seed = derive(self._seed, "dropout", spec.name, micro_batch.step)
                 self._reseed(block, seed, micro_batch.row_start, micro_batch.batch_rows)
             if position == self._first_counted:
                 start = x
-            output: BlockOutput = block(x)
+            with self._precision.computing():
+                output = call(x)
             cost = self.objective.measure(x, output)
             x = output.activation
             if position == self._last_counted and cost is None:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from pipetrgl import optim
+from pipetrgl import kernels, optim, precision
 from pipetrgl.blueprint import Blueprint
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.contracts import Inbox, NullOutbox, OneReplica, Outbox, ReplicaGroup
@@ -150,6 +150,7 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device, replicas
     initialise(criterion, init, torch_stream(config.seed, "criterion", last))
     for module in (*blocks, head, criterion):
         module.to(device)
+    kernels.lay_out(config.train, (*blocks, head, criterion))
     gradients = _share_out((*blocks, head, criterion), replicas, config)
     named = [
         (prefix + name, parameter)
@@ -168,9 +169,11 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device, replicas
             num_stages=blueprint.num_stages,
             specs=specs,
             blocks=blocks,
+            calls=kernels.calls(config.train, blocks, device),
             head=head,
             criterion=criterion,
             objective=StageObjective(config.objective, blueprint.taus[index], device),
+            precision=precision.build(config.train, device, index),
             optimizer=optim.build(config.optim, named),
             learning_rate=functools.partial(_learning_rate, blueprint, itinerary.steps_per_epoch, own_steps),
             replicas=replicas,

@@ -234,6 +234,8 @@ class OptimConfig(Section):
     """L2 for sgd and adam, decoupled for adamw."""
     decay_vectors: bool = True
     """Also decay 1-d parameters (biases, normalisation) and position tables."""
+    fused: bool = False
+    """One kernel for the update of all parameters of a stage."""
     schedule: ScheduleConfig = ScheduleConfig()
 
 
@@ -264,6 +266,15 @@ class TrainConfig(Section):
     """Keep freed CPU memory for the next step (glibc's mallopt); about 15 % faster, see benchmarks/allocator.txt."""
     threads: Positive = 1
     """Intra-op threads of each worker; bit-equality over launchers is promised for 1."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of blocks and heads: bf16 and fp16 by autocast, fp16 with a loss scale. Parameters, losses and what a stage hands
+    on are float32; see docs/performance.md for this and the next three."""
+    channels_last: bool = False
+    """Maps in memory as (N, H, W, C); not on links."""
+    compile: bool = False
+    """torch.compile of every block, in training; each worker compiles its own in its first steps."""
+    recompute: bool = False
+    """Keep only the input of every block in the forward pass, and run the block again in the backward pass."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """When an activation or a loss is NaN or infinite: stop ends the run with exit code 4; skip leaves out the step's
     update of that stage, and counts it."""
@@ -484,6 +495,21 @@ class Config(Section):
     trace: TraceConfig = TraceConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _kernels_exist(self) -> Config:
+        faults = []
+        if self.train.channels_last and self.model.name == "mlp":
+            faults.append("train.channels_last: model.name: mlp has vectors only, no maps to lay out")
+        if self.train.compile and self.pipeline.batch_norm == "synchronised":
+            faults.append("train.compile: not with pipeline.batch_norm: synchronised, whose sums cannot be traced")
+        if self.optim.fused and self.train.precision == "fp16" and self.optim.name == "sgd" and self.optim.momentum > 0:
+            faults.append(
+                "optim.fused: not for sgd with momentum and train.precision: fp16; where the loss scale leaves out the "
+                "first update, torch's fused SGD goes on with a momentum that it never set; use bf16, or adam or adamw"
+            )
+        _raise(faults)
+        return self
 
     @model_validator(mode="after")
     def _stages_agree(self) -> Config:

@@ -101,7 +101,7 @@ class Checkpoint:
 
     def load_into(self, stage: Stage, metrics: TrainMetrics) -> None:
         """Set weights, buffers, optimizer and sums of a stage, from whichever files hold its names."""
-        prefixes = (f"metrics.{stage.span}.", f"objective.{stage.last_block}.")
+        prefixes = (f"metrics.{stage.span}.", *(f"{kind}.{stage.last_block}." for kind in ("objective", "precision")))
         wanted = stage.state().keys()
         found: dict[str, Tensor] = {}
         for file in sorted(self.files):

@@ -40,7 +40,7 @@ class StabilityGuard:
 
     def _keep(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if layer.training:
-            self._inputs[layer] = inputs[0].detach()
+            self._inputs[layer] = inputs[0].detach().float()  # also under autocast
 
     def __call__(self, micro_batch: MicroBatch, output: StageOutput) -> None:
         if not self._inputs:

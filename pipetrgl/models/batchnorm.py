@@ -37,7 +37,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         self._check_input_dim(z)
         if not self.training:
             y = self(z)
-            return y, y.square().mean()
+            return y, y.to(torch.promote_types(y.dtype, torch.float32)).square().mean()
+        if torch.compiler.is_compiling():  # the operators of _MeanSquare cannot be traced, and the compiler joins these
+            v = z.float().var((0, 2, 3), correction=0)
+            return self(z), (self.weight.square() * v / (v + self.eps) + self.bias.square()).mean()
         if z.numel() == z.size(1):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(z.shape)}")
         assert self.num_batches_tracked is not None

@@ -68,6 +68,17 @@ def test_replicas_with_synchronised_batch_norm_equal_one(tmp_path: Path, model: 
     assert_close_runs(run(config), lone(model, tmp_path / "s", pipeline={"stages": 2}))
 
 
+def test_replicas_recompute_synchronised_batch_norm(tmp_path: Path) -> None:
+    """The sums of the second forward pass come in the same order on all replicas; the bits are those without it."""
+    pipeline = {"stages": 2, "replicas": [1, 2], "batch_norm": "synchronised"}
+    folders = []
+    for recompute in (False, True):
+        sections = SHORT | {"train": {**SHORT["train"], "recompute": recompute}}
+        config = tiny("resnet", tmp_path / str(recompute), launcher={"name": "threads"}, pipeline=pipeline, **sections)
+        folders.append(run(config))
+    assert_equal_runs(*folders)
+
+
 def test_processes_and_threads_agree_bit_for_bit_with_two_replicas(tmp_path: Path) -> None:
     """Of two terms there is one sum, whatever adds them up; local BatchNorm, whose statistics are averaged."""
     pipeline = {"stages": 2, "replicas": [2, 1]}
