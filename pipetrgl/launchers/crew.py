@@ -9,7 +9,6 @@ No worker is replaced: the first failure of any ends them all.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -18,8 +17,9 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NoReturn, Self, final
+from typing import Any, NoReturn, Self, final
 
 import torch
 
@@ -60,8 +60,7 @@ class Crew:
         self._environ = worker_environ(os.environ, num_threads)
         self._places = [Place(rank, rank, 0) for rank in range(size)]
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._logs: list[IO[bytes]] = []
-        self._opened = contextlib.ExitStack()
+        self._logs = tempfile.TemporaryDirectory(prefix="pipetrgl-crew-")
 
     def __enter__(self) -> Self:
         try:
@@ -76,11 +75,6 @@ class Crew:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end()
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """Process ids, by rank."""
-        return tuple(process.pid for process in self._processes)
 
     def gather(self, name: str, timeout_s: float) -> list[Any]:
         """Every worker's note `name/rank`, once all are there.
@@ -103,17 +97,17 @@ class Crew:
         return [notes[rank] for rank in range(len(self._places))]
 
     def _start(self, rank: int) -> None:
-        self._logs.append(self._opened.enter_context(tempfile.TemporaryFile()))
-        self._processes.append(
-            subprocess.Popen(
-                [*self._command, str(rank), str(self.board.store.port)],
-                stdin=subprocess.DEVNULL,
-                stdout=self._logs[-1],
-                stderr=self._logs[-1],
-                env=self._environ,
-                start_new_session=True,  # so that Ctrl-C reaches this process alone, which then ends them
+        with self._log(rank).open("wb") as log:
+            self._processes.append(
+                subprocess.Popen(
+                    [*self._command, str(rank), str(self.board.store.port)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=self._environ,
+                    start_new_session=True,  # so that Ctrl-C reaches this process alone, which then ends them
+                )
             )
-        )
 
     def _look_after_all(self) -> None:
         if (note := self.board.find(FAILURE)) is not None:
@@ -127,16 +121,17 @@ class Crew:
                 raise remote_error(self.board.find(FAILURE) or {})
 
     def _last_words(self, rank: int) -> str:
-        log = self._logs[rank]
-        log.seek(0)
-        words = log.read()[-_LAST_WORDS_BYTES:].decode(errors="replace").strip()
+        words = self._log(rank).read_bytes()[-_LAST_WORDS_BYTES:].decode(errors="replace").strip()
         return f"; its last words: {words}" if words else ""
+
+    def _log(self, rank: int) -> Path:
+        return Path(self._logs.name) / f"worker-{rank}.log"
 
     def _end(self) -> None:
         for process in self._processes:
             process.kill()
         wait_for(self._processes, _KILL_S)
-        self._opened.close()
+        self._logs.cleanup()
 
 
 def serve(work: Work) -> NoReturn:

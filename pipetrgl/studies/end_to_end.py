@@ -22,6 +22,7 @@ from pipetrgl.blocks import BlockSpec
 from pipetrgl.blueprint import Blueprint, draw_up
 from pipetrgl.config.schema import Config, ObjectiveConfig
 from pipetrgl.errors import ConfigError
+from pipetrgl.microbatch import MicroBatch
 from pipetrgl.models import stochastic
 from pipetrgl.seeds import derive
 from pipetrgl.studies.contenders import Seat
@@ -152,7 +153,7 @@ class EndToEnd:
         for _ in range(num_batches):
             batch = next(self._batches)
             self._chain.reseed(self._learner.step, batch.num_rows)
-            _step(self._blueprint, self._chain, self._learner, batch.activation, batch.target, watch)
+            _step(self._blueprint, self._chain, self._learner, images(batch), batch.target, watch)
             watch.mark(0.0, 0)
         torch.set_num_threads(self._blueprint.config.train.threads)
 
@@ -192,15 +193,21 @@ class DataParallel:
         watch.mark(None, self._sent_bytes)  # its waits are inside of the backward pass
         for _ in range(num_batches):
             batch = next(self._batches)
-            activation, target = batch.activation[self._rows], batch.target[self._rows]
+            x, target = images(batch)[self._rows], batch.target[self._rows]
             self._chain.reseed(self._learner.step, len(target))
-            _step(self._blueprint, self._model, self._learner, activation, target, watch)
+            _step(self._blueprint, self._model, self._learner, x, target, watch)
             self._sent_bytes += self._bytes
             watch.mark(None, self._sent_bytes)
 
     def state(self) -> dict[str, Tensor]:
         """Weights and buffers by network name."""
         return self._chain.state()
+
+
+def images(batch: MicroBatch) -> Tensor:
+    """Of a batch of stage 0, (N, C, H, W)."""
+    assert isinstance(batch.activation, Tensor)
+    return batch.activation
 
 
 def _step(

@@ -16,6 +16,7 @@ from pipetrgl.channels.contracts import Inbox, NullOutbox, Outbox
 from pipetrgl.engine import loop
 from pipetrgl.engine.metrics import Row
 from pipetrgl.engine.phases import Parallel
+from pipetrgl.engine.saving import SaveCheckpoints
 from pipetrgl.engine.trace import Trace, TracedInbox, TracedOutbox, TracedStage
 from pipetrgl.launchers import serial
 from pipetrgl.launchers.store_links import StoreLinks
@@ -133,7 +134,7 @@ class StageTurns:
         inbox.num_batches = num_batches
         trace = Trace(self._step, num_batches, self._rank, "", 0.0)
         stage = TracedStage(build_trainee(self._job, self._stage), trace)
-        hooks = [*build_hooks(self._job, self._stage, inbox, outbox, _drop), _Lap(watch, inbox, outbox)]
+        hooks = [*_hooks(self._job, self._stage, inbox, outbox), _Lap(watch, inbox, outbox)]
         loop.run(stage, TracedInbox(inbox, trace), TracedOutbox(outbox, trace), Parallel(), hooks)
         watch.add_events(trace.events(), self._step)
         self._step += num_batches
@@ -157,7 +158,7 @@ class SerialTurns:
         self._inbox.num_batches = num_batches
         trace = Trace(self._step, num_batches, 0, "", 0.0)
         trainees = [TracedStage(build_trainee(self._job, stage), trace) for stage in self._stages]
-        hooks = [[*build_hooks(self._job, stage, self._inbox, NullOutbox(), _drop)] for stage in self._stages]
+        hooks = [_hooks(self._job, stage, self._inbox, NullOutbox()) for stage in self._stages]
         hooks[-1].append(_Lap(watch, self._inbox, NullOutbox()))
         codec = CODECS[self._job.blueprint.config.channel.codec]
         serial.run(trainees, self._inbox, Parallel(), codec, hooks)
@@ -203,6 +204,12 @@ class _Lap:
 
     def _mark(self) -> None:
         self._watch.mark(self._inbox.waited_s + self._outbox.waited_s, self._outbox.sent_bytes)
+
+
+def _hooks(job: Job, stage: Stage, inbox: Inbox, outbox: Outbox) -> list[loop.Hook]:
+    """Those of a real run, but the saving one: the end of a turn is not the end of the stream."""
+    hooks = build_hooks(job, stage, inbox, outbox, _drop)
+    return [hook for hook in hooks if not isinstance(hook, SaveCheckpoints)]
 
 
 def _drop(row: Row) -> None:

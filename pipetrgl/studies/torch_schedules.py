@@ -31,7 +31,7 @@ from pipetrgl.channels.alarm import Alarm
 from pipetrgl.errors import ConfigError
 from pipetrgl.partition import balanced_counts, partition
 from pipetrgl.studies.contenders import Seat
-from pipetrgl.studies.end_to_end import Chain, Learner, cross_entropy, uncut_job
+from pipetrgl.studies.end_to_end import Chain, Learner, cross_entropy, images, uncut_job
 from pipetrgl.studies.profile import profile
 from pipetrgl.studies.stage_turns import CPU, InMemory
 from pipetrgl.studies.stopwatch import Stopwatch
@@ -123,7 +123,7 @@ class TorchSchedule:
             batch = next(self._batches)
             for chain in self._chains:
                 chain.reseed(self._learner.step, self._rows)
-            inputs = (batch.activation,) if self._first else ()
+            inputs = (images(batch),) if self._first else ()
             target = batch.target if self._last else None
             step = functools.partial(self._schedule.step, *inputs, target=target, return_outputs=False)
             self._waited_s += watch.call("wait", step)

@@ -109,8 +109,6 @@ def _endless(config: Config) -> Config:
         update={
             "train": config.train.model_copy(update=endless),
             "evaluate": config.evaluate.model_copy(update={"valid_every": 0.0, "at_start": False}),
-            "checkpoint": config.checkpoint.model_copy(update={"every": 0, "resume": "never"}),
-            "launcher": config.launcher.model_copy(update={"max_failures": 0, "faults": []}),
-            "run": config.run.model_copy(update={"save_final": False}),
+            "launcher": config.launcher.model_copy(update={"faults": []}),
         }
     )
