@@ -83,18 +83,17 @@ class Crew:
             PipetrglError: the first failure of any worker.
             LinkError: a note did not come in time; says whose.
         """
-        notes: dict[int, Any] = {}
+        notes: list[Any] = []
         deadline = time.monotonic() + timeout_s
         while len(notes) < len(self._places):
             self._look_after_all()
-            for rank in range(len(self._places)):
-                if rank not in notes and (note := self.board.find(f"{name}/{rank}")) is not None:
-                    notes[rank] = note
-            if time.monotonic() > deadline:
-                silent = ", ".join(str(place.rank) for place in self._places if place.rank not in notes)
-                raise LinkError(f"waited {timeout_s:.0f} s for worker {silent} to finish {name}")
-            time.sleep(_POLL_S)
-        return [notes[rank] for rank in range(len(self._places))]
+            if (note := self.board.find(f"{name}/{len(notes)}")) is not None:
+                notes.append(note)
+            elif time.monotonic() > deadline:
+                raise LinkError(f"waited {timeout_s:.0f} s for worker {len(notes)} to say that it is {name}")
+            else:
+                time.sleep(_POLL_S)
+        return notes
 
     def _start(self, rank: int) -> None:
         with self._log(rank).open("wb") as log:
@@ -111,14 +110,14 @@ class Crew:
 
     def _look_after_all(self) -> None:
         if (note := self.board.find(FAILURE)) is not None:
-            raise remote_error(note)
+            raise _failure(note)
         for place, process in zip(self._places, self._processes, strict=True):
             if (code := process.poll()) is not None:
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
                 error = LaunchError(f"worker {place.rank}, process {process.pid}, {how}{self._last_words(place.rank)}")
                 # it may have said why between the two looks, and others must not take its loss for a failure of theirs
                 self.board.post_first(FAILURE, failure_note(error, place))
-                raise remote_error(self.board.find(FAILURE) or {})
+                raise _failure(self.board.find(FAILURE) or {})
 
     def _last_words(self, rank: int) -> str:
         words = self._log(rank).read_bytes()[-_LAST_WORDS_BYTES:].decode(errors="replace").strip()
@@ -132,6 +131,14 @@ class Crew:
             process.kill()
         wait_for(self._processes, _KILL_S)
         self._logs.cleanup()
+
+
+def _failure(note: Mapping[str, Any]) -> BaseException:
+    """A worker's failure, with its traceback."""
+    error = remote_error(note)
+    if note["traceback"]:
+        error.add_note(str(note["traceback"]))
+    return error
 
 
 def serve(work: Work) -> NoReturn:

@@ -17,6 +17,9 @@ from pipetrgl.worker import Job
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zero_bubble_v")
 """Of torch.distributed.pipelining; each with a number of micro-batches, "gpipe/M4"."""
 
+POLL_S = 0.02
+"""Between two looks of a worker for its next turn, times the workers: all together ask no more often than one would."""
+
 
 class Contender(Protocol):
     """One worker's part in a way to train the case's network."""

@@ -26,26 +26,27 @@ from pipetrgl.data.dataset import DataSpec
 from pipetrgl.launchers.crew import serve
 from pipetrgl.launchers.membership import Membership
 from pipetrgl.memory import peak_rss_bytes
-from pipetrgl.studies.contenders import Contender, Seat, is_torchs, num_threads, split_schedule
+from pipetrgl.studies.contenders import POLL_S, Contender, Seat, is_torchs, num_threads, split_schedule
 from pipetrgl.studies.end_to_end import DataParallel, EndToEnd
 from pipetrgl.studies.stage_turns import SerialTurns, pipelined, unlinked
 from pipetrgl.studies.stopwatch import Stopwatch
 from pipetrgl.studies.torch_schedules import TorchSchedule, post_unit_costs
 from pipetrgl.worker import Job, configure_torch
 
-_FOREVER = float("inf")  # the leader may take its time between two turns; when it dies the board says so
+_START_S = 60.0
 _GROUP_TIMEOUT = timedelta(seconds=60)
 
 
 def take_turns(member: Membership, board: Board, environ: Mapping[str, str]) -> None:
-    """Obey the leader until it ends this process."""
-    note = board.read("case", _FOREVER, Alarm(), "the leader")
+    """Do what the leader says until it ends this process."""
+    note = board.read("case", _START_S, Alarm(), "the leader to say what to measure")
     seat = seat_of(note, member, board, environ)
     contenders = assemble(note["contenders"], seat)
     rank = member.place.rank
     board.post(f"ready/{rank}", {})
     for turn in itertools.count():
-        note = board.read(f"turn/{turn}", _FOREVER, Alarm(), "the leader")
+        while (note := board.find(f"turn/{turn}")) is None:
+            time.sleep(POLL_S * seat.num_workers)  # no deadline: when the leader dies the board says so
         board.post(f"done/{turn}/{rank}", _take(contenders, note))
 
 
@@ -115,6 +116,7 @@ def _take(contenders: dict[str, Contender], note: Mapping[str, Any]) -> dict[str
     """One turn, as the leader's note says; the answer to it."""
     name, watch = note["contender"], Stopwatch(note["warm_up"])
     answer: dict[str, Any] = {"account": None, "spans": [], "error": None}
+    time.sleep(max(0.0, note["start_s"] - time.perf_counter()))  # all at the same time, not as they happened to look
     try:
         contenders[name].train(note["batches"], watch)
     except Exception as error:

@@ -7,6 +7,7 @@ round 1   serial ▒▒▒▒   pipetrgl ▒▒▒▒   ddp ▒▒▒▒        
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from typing import Any, final
 
@@ -16,12 +17,13 @@ from pipetrgl.config.schema import Config
 from pipetrgl.errors import ConfigError
 from pipetrgl.launchers.crew import Crew
 from pipetrgl.launchers.start import describe
-from pipetrgl.studies.contenders import expanded, require_known
+from pipetrgl.studies.contenders import POLL_S, expanded, require_known
 from pipetrgl.studies.measurement import Case, Measurement, Span
 from pipetrgl.studies.stopwatch import Account
 
 _MODULE = "pipetrgl.studies.turn_taker"
 _ENDLESS = 10**6
+_GRACE_S = 0.1
 
 
 def measure(case: Case) -> Iterator[Measurement]:
@@ -90,7 +92,9 @@ class _Leader:
         """Each worker's answer to one turn."""
         turn, self._turn = self._turn, self._turn + 1
         note = {"contender": name, "batches": batches, "warm_up": self._case.warm_up}
-        self._crew.board.post(f"turn/{turn}", note | {"spans": spans, "rehearsal": rehearsal})
+        # by the one clock of this machine; until then every worker has seen the note
+        start_s = time.perf_counter() + POLL_S * self._case.config.pipeline.stages + _GRACE_S
+        self._crew.board.post(f"turn/{turn}", note | {"spans": spans, "rehearsal": rehearsal, "start_s": start_s})
         return self._crew.gather(f"done/{turn}", self._case.config.channel.wait_timeout_s)
 
 
@@ -100,8 +104,8 @@ def _endless(config: Config) -> Config:
     Raises:
         ConfigError: it trains on a GPU, or not in the parallel order.
     """
-    if config.pipeline.device != "cpu":
-        raise ConfigError("pipeline.device: contenders take turns on the CPU only")
+    if config.pipeline.device == "cuda":
+        raise ConfigError("pipeline.device: contenders take turns on the CPU only, and this is cuda")
     if config.train.order != "parallel":
         raise ConfigError(f"train.order: contenders take turns in the parallel order, and this is {config.train.order}")
     endless = {"epochs": _ENDLESS, "max_steps": None, "drop_last": True}

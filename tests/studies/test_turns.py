@@ -148,7 +148,7 @@ def test_our_pipeline_trains_what_the_serial_loop_does(trained: Path) -> None:
 def test_end_to_end_is_plain_greedy_learning_with_one_stage(tmp_path: Path, model: str) -> None:
     config = tiny(
         model, tmp_path, pipeline={"stages": 1}, evaluate=NEVER, train={"max_steps": 3, "accumulate": 1},
-        objective={"transport": {"tau": float("inf")}},
+        objective={"transport": {"tau": float("inf")}}, launcher={"name": "serial"},
     )  # fmt: skip
     two_stages = config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"stages": 2})})
     blueprint = draw_up(two_stages, describe(config))
