@@ -13,16 +13,18 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
-from benchmarks.two_workers import CONFIG, prepared
+from benchmarks.two_workers import CONFIG
 from pipetrgl.blueprint import draw_up
 from pipetrgl.config.load import load
 from pipetrgl.launchers.environment import environment
 from pipetrgl.launchers.start import describe
 from pipetrgl.memory import peak_rss_bytes
-from pipetrgl.worker import build_stage, configure_torch
+from pipetrgl.studies.stage_turns import InMemory
+from pipetrgl.worker import Job, build_stage, configure_torch
 
 NUM_STEPS = 15
 
@@ -32,7 +34,7 @@ def one(keep: str) -> None:
     config = load(CONFIG, [f"train.keep_memory={keep}"])
     configure_torch(config.train)
     blueprint = draw_up(config, describe(config))
-    stage, stream = build_stage(blueprint, 0, torch.device("cpu")), prepared(blueprint, 0)
+    stage, stream = build_stage(blueprint, 0, torch.device("cpu")), iter(InMemory(Job(blueprint, Path(), {}), 0))
     for step in range(3 + NUM_STEPS):
         if step == 3:
             start, faults = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -1,6 +1,6 @@
-"""What a checkpoint every 20 steps costs: the two workers of two_workers.py, with and without, interleaved in one run.
+"""What a checkpoint every 20 steps costs: the workers of two_workers.yaml, with and without, interleaved in one run.
 
-    python benchmarks/checkpoint_cost.py [rounds] > benchmarks/checkpoint_cost.txt
+    python -m benchmarks.checkpoint_cost [rounds] > benchmarks/checkpoint_cost.txt
 
 Each turn trains 42 micro-batches and leaves out the first two; a saving turn holds two checkpoints of both stages with
 their optimizer state, snapshot and background write (with fsync) included. The order of the two changes every round.
@@ -8,96 +8,103 @@ their optimizer state, snapshot and background write (with fsync) included. The 
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import two_workers
-from two_workers import Turn, Worker, drop, rate
+import torch
 
+from benchmarks.two_workers import CONFIG
 from pipetrgl.blueprint import draw_up
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.board import Board
-from pipetrgl.channels.c10d import TCPStore
-from pipetrgl.channels.contracts import Inbox, Outbox
+from pipetrgl.channels.contracts import NullOutbox
 from pipetrgl.config.load import load
 from pipetrgl.engine import loop
+from pipetrgl.engine.phases import Parallel
+from pipetrgl.launchers.crew import Crew, serve
 from pipetrgl.launchers.environment import environment
+from pipetrgl.launchers.membership import Membership
 from pipetrgl.launchers.start import describe
-from pipetrgl.stage import Stage
-from pipetrgl.worker import Job, build_hooks
+from pipetrgl.launchers.store_links import StoreLinks
+from pipetrgl.microbatch import MicroBatch
+from pipetrgl.stage import StageOutput
+from pipetrgl.studies.stage_turns import Portions, StaysOpen
+from pipetrgl.worker import Job, build_hooks, build_loader, build_stage, build_trainee, configure_torch
 
 NUM_BATCHES = 42
+FILL = 2
 EVERY = 20
 
 
-class SavingWorker(Worker):
-    """A worker that saves in the turns called "saving"."""
+class Clock:
+    """A hook that notes when each micro-batch is done with."""
 
-    def __init__(self, rank: int, port: int, folder: Path) -> None:
-        super().__init__(rank, port)
-        config = load(two_workers.CONFIG, [f"checkpoint.every={EVERY}"])
-        self.job = Job(draw_up(config, describe(config)), folder, {})
-        self.saves = False
+    def __init__(self) -> None:
+        self.times: list[float] = []
 
-    def take(self, contender: str) -> list[float]:
-        self.saves = contender == "saving"
-        return self._train(self.stages[self.rank], Turn(self.stream, NUM_BATCHES), self.outbox)
+    def __call__(self, micro_batch: MicroBatch, output: StageOutput) -> None:
+        self.times.append(time.perf_counter())
 
-    def _hooks(self, stage: Stage, inbox: Inbox, outbox: Outbox) -> list[loop.Hook]:
-        hooks = super()._hooks(stage, inbox, outbox)
-        return [*hooks, *build_hooks(self.job, stage, inbox, outbox, drop)[-1:]] if self.saves else hooks
+    def close(self) -> None:
+        pass
+
+
+def drop(row: dict[str, Any]) -> None:
+    """Metrics are computed as in a real run, and not kept."""
+
+
+def work(member: Membership, board: Board, environ: Mapping[str, str]) -> None:
+    """One of the two workers: saves in the turns called "saving"."""
+    config = load(CONFIG, [f"checkpoint.every={EVERY}"])
+    configure_torch(config.train)
+    folder = Path(board.read("folder", 60, Alarm(), "the leader"))
+    job, rank = Job(draw_up(config, describe(config)), folder, dict(environ)), member.place.rank
+    stage = build_stage(job.blueprint, rank, torch.device("cpu"))
+    links = StoreLinks(job, member, board, Alarm())
+    inbox = Portions(build_loader(job) if rank == 0 else links.inbox(member.place))
+    inbox.num_batches = NUM_BATCHES
+    outbox = StaysOpen(links.outbox(member.place) if rank == 0 else NullOutbox())
+    for turn in itertools.count():
+        kind = board.read(f"turn/{turn}", 600, Alarm(), "the leader")
+        hooks, clock = build_hooks(job, stage, inbox, outbox, drop), Clock()  # the last of them saves
+        hooks = [*(hooks if kind == "saving" else hooks[:-1]), clock]
+        loop.run(build_trainee(job, stage), inbox, outbox, Parallel(), hooks)
+        board.post(f"done/{turn}/{rank}", (NUM_BATCHES - 1 - FILL) / (clock.times[-1] - clock.times[FILL]))
 
 
 def main(rounds: int) -> None:
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    board, folder = Board(store, 30.0), Path(tempfile.mkdtemp(prefix="checkpoint-cost-"))
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen([sys.executable, __file__, "--worker", str(rank), str(store.port), str(folder)], env=environ)
-        for rank in range(2)
-    ]
-    try:
-        _lead(board, folder, rounds)
-    finally:
-        for worker in workers:
-            worker.terminate()
-            worker.wait()
-        shutil.rmtree(folder)
-
-
-def _lead(board: Board, folder: Path, rounds: int) -> None:
-    batch = load(two_workers.CONFIG).train.batch
+    batch = load(CONFIG).train.batch
     print(f"# {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {rounds} rounds, {NUM_BATCHES} steps a turn")
     print(f"# {json.dumps({key: value for key, value in environment().items() if key != 'command'})}")
     print("images/s of the slower worker\nround    plain   saving | saving/plain")
-    turn, ratios = 0, []
-    for number in range(-1, rounds):
-        got = {}
-        for contender in ("plain", "saving") if number % 2 else ("saving", "plain"):
-            board.post(f"turn/{turn}", {"contender": contender})
-            times = [board.read(f"done/{turn}/{rank}", 600, Alarm(), "a worker") for rank in range(2)]
-            got[contender] = min(rate(one, batch) for one in times)
-            turn += 1
-        if number < 0:
-            continue  # warm-up
-        ratios.append(got["saving"] / got["plain"])
-        print(f"{number + 1:>5} {got['plain']:8.1f} {got['saving']:8.1f} | {ratios[-1]:12.3f}", flush=True)
-    board.post(f"turn/{turn}", {"contender": "stop"})
+    turns, ratios = itertools.count(), []
+    with tempfile.TemporaryDirectory() as folder, Crew("benchmarks.checkpoint_cost", 2, 1) as crew:
+        crew.board.post("folder", folder)
+        for number in range(-1, rounds):
+            got = {}
+            for contender in ("plain", "saving") if number % 2 else ("saving", "plain"):
+                turn = next(turns)
+                crew.board.post(f"turn/{turn}", contender)
+                got[contender] = batch * min(crew.gather(f"done/{turn}", 600))
+            if number < 0:
+                continue  # warm-up
+            ratios.append(got["saving"] / got["plain"])
+            print(f"{number + 1:>5} {got['plain']:8.1f} {got['saving']:8.1f} | {ratios[-1]:12.3f}", flush=True)
+        sizes = [file.stat().st_size for file in Path(folder).glob("checkpoints/step-*/*.safetensors")]
     low, _, high = statistics.quantiles(ratios, n=4)
-    files = list(folder.glob("checkpoints/step-*/*.safetensors"))
     print(f"saving / plain: median {statistics.median(ratios):.3f} (quartiles {low:.3f} to {high:.3f})")
-    print(f"{len(files)} files written, {statistics.mean(file.stat().st_size for file in files) / 2**20:.1f} MiB each")
+    print(f"{len(sizes)} files written, {statistics.mean(sizes) / 2**20:.1f} MiB each")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        SavingWorker(int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])).obey()
+    if len(sys.argv) == 3:  # rank and port: started by the crew
+        serve(work)
     else:
         main(int(sys.argv[1]) if len(sys.argv) > 1 else 15)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import final
@@ -44,16 +44,7 @@ class _Processes:
         self._newest: dict[int, subprocess.Popen[bytes]] = {}
         self._logs = job.run / "logs"
         self._logs.mkdir(exist_ok=True)
-        threads = str(job.blueprint.config.train.threads)
-        # the thread count must hold from torch's import on; a package that is not installed is found as here
-        self._environ = {
-            **job.environ,
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "TORCH_CPP_LOG_LEVEL": "ERROR",
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS refuses deterministic algorithms without it
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        }
+        self._environ = worker_environ(job.environ, job.blueprint.config.train.threads)
 
     def start(self, rank: int, incarnation: int) -> None:
         arguments = [str(self._job.run), str(rank), str(incarnation), str(self._port)]
@@ -79,19 +70,34 @@ class _Processes:
 
     def kill(self, rank: int) -> None:
         self._newest[rank].kill()
-        _wait_for([self._newest[rank]], _KILL_S)
+        wait_for([self._newest[rank]], _KILL_S)
 
     def end(self) -> None:
         alive = [process for process in self._newest.values() if process.poll() is None]
         for process in alive:
             process.kill()
-        _wait_for(alive, _KILL_S)
+        wait_for(alive, _KILL_S)
 
     def _log(self, rank: int) -> Path:
         return self._logs / f"stage-{rank}.log"
 
 
-def _wait_for(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+def worker_environ(environ: Mapping[str, str], num_threads: int) -> dict[str, str]:
+    """The environment of a worker process that this one starts."""
+    threads = str(num_threads)
+    # the thread count must hold from torch's import on; a package that is not installed is found as here
+    return {
+        **environ,
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS refuses deterministic algorithms without it
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+
+
+def wait_for(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Collect processes that are ending, for so long in all."""
     deadline = time.monotonic() + seconds
     for process in processes:
         try:

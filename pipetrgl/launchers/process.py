@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -107,7 +108,7 @@ def device_of(blueprint: Blueprint, local_rank: int) -> torch.device:
     return device
 
 
-def exit_now(code: int) -> None:
+def exit_now(code: int) -> NoReturn:
     """Leave without waiting for threads that hang in a broken link."""
     sys.stdout.flush()
     sys.stderr.flush()

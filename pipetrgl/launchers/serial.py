@@ -5,15 +5,19 @@ This is the reference that every other launcher must equal bit for bit, and what
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 
-from pipetrgl.channels.codecs import CODECS, roundtrip
+from pipetrgl.channels.codecs import CODECS, Codec, roundtrip
 from pipetrgl.channels.contracts import NullOutbox
+from pipetrgl.engine import loop
 from pipetrgl.engine.idle import NOTHING
 from pipetrgl.engine.metrics import Sink
-from pipetrgl.engine.phases import Role
+from pipetrgl.engine.phases import Plan, Role
 from pipetrgl.launchers.supervise import Budget
 from pipetrgl.memory import peak_rss_bytes
+from pipetrgl.microbatch import MicroBatch
 from pipetrgl.worker import Job, build_hooks, build_loader, build_plan, build_stage, build_trainee, configure_torch
 
 
@@ -29,28 +33,39 @@ def launch(job: Job, sink: Sink, budget: Budget) -> None:
     hooks = [build_hooks(job, stage, loader, NullOutbox(), sink) for stage in stages]
     trainees = [build_trainee(job, stage) for stage in stages]
     try:
-        for micro_batch in loader:
-            for stage, watchers in zip(trainees, hooks, strict=True):
-                role = plan.role(stage.index, micro_batch)
-                if role is Role.IDLE:  # and so are all stages behind it: they only count the steps
-                    for hook in watchers:
-                        hook(micro_batch.carrying(()), NOTHING)
-                    continue
-                output = stage.forward(micro_batch, role is Role.TRAIN)
-                # Computed before this stage's update, from the weights that made `output`, as a pipeline would.
-                handed_on = roundtrip(codec, output.activation)
-                if role is Role.TRAIN:
-                    stage.backward(output, micro_batch)
-                    if micro_batch.closes_step:
-                        stage.update()
-                for hook in watchers:
-                    hook(micro_batch, output)
-                micro_batch = micro_batch.carrying(handed_on)
-                del output, handed_on  # nothing of stage k stays alive while stage k + 1 runs
+        run(trainees, loader, plan, codec, hooks)
     finally:
         loader.close()
+    for stage in stages:
+        sink({"kind": "memory", "stage": stage.index, "peak_rss_bytes": peak_rss_bytes()})
+
+
+def run(
+    stages: Sequence[loop.Trainee],
+    inbox: Iterable[MicroBatch],
+    plan: Plan,
+    codec: Codec,
+    hooks: Sequence[Sequence[loop.Hook]],
+) -> None:
+    """Train all stages on a whole stream, evaluations included; `hooks` are each stage's own."""
+    for micro_batch in inbox:
+        for stage, watchers in zip(stages, hooks, strict=True):
+            role = plan.role(stage.index, micro_batch)
+            if role is Role.IDLE:  # and so are all stages behind it: they only count the steps
+                for hook in watchers:
+                    hook(micro_batch.carrying(()), NOTHING)
+                continue
+            output = stage.forward(micro_batch, role is Role.TRAIN)
+            # Computed before this stage's update, from the weights that made `output`, as a pipeline would.
+            handed_on = roundtrip(codec, output.activation)
+            if role is Role.TRAIN:
+                stage.backward(output, micro_batch)
+                if micro_batch.closes_step:
+                    stage.update()
+            for hook in watchers:
+                hook(micro_batch, output)
+            micro_batch = micro_batch.carrying(handed_on)
+            del output, handed_on  # nothing of stage k stays alive while stage k + 1 runs
     for watchers in hooks:
         for hook in watchers:
             hook.close()
-    for stage in stages:
-        sink({"kind": "memory", "stage": stage.index, "peak_rss_bytes": peak_rss_bytes()})
