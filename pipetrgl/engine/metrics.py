@@ -45,14 +45,18 @@ class TrainMetrics:
         inbox, outbox: whose waits are reported.
         sink: takes the rows.
         every: optimizer steps between rows; the last row of a phase may cover fewer.
+        learns: False for an emulated stage, of which there are times but no means.
     """
 
-    def __init__(self, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink, every: int) -> None:
+    def __init__(
+        self, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink, every: int, learns: bool = True
+    ) -> None:
         self._stage = stage
         self._inbox = inbox
         self._outbox = outbox
         self._sink = sink
         self._every = every
+        self._learns = learns
         self._clock = _TrainClock(inbox, outbox)
         self._sums: Tensor | None = None
         self._cost_names: tuple[str, ...] = ()
@@ -127,8 +131,8 @@ class TrainMetrics:
         self._sums, self._rows, self._unwritten = None, 0, False
 
     def _means(self) -> Row:
-        """Over the rows since the last row; nothing where every step was skipped."""
-        if self._sums is None:
+        """Over the rows since the last row; nothing where every step was skipped, or none was learned from."""
+        if self._sums is None or not self._learns:
             nothing: Row = dict.fromkeys(("local_loss", "task_loss", "transport_cost", "accuracy"))
             return nothing | {"transport_cost_by_block": {}}
         local, task, transport, *by_block, correct = (total / self._rows for total in self._sums.tolist())
@@ -200,7 +204,7 @@ def log_line(row: Row, num_stages: int) -> str:
     """A train row as one line: `s1/4 r0/1 step 1200 | local 1.832 (task 1.790, transport 0.041) | ...`."""
     rate = "-" if row["images_per_s"] is None else f"{row['images_per_s']:.0f}"
     wait = "-" if row["wait_share"] is None else f"{100 * row['wait_share']:.0f} %"
-    means = "every update skipped"
+    means = "every update skipped" if row["skipped_updates"] else "learns nothing"
     if row["local_loss"] is not None:
         more = row["local_loss"] - row["task_loss"]
         term = "transport" if row["weight"] > 0 or more == 0 else "criterion"  # a rival's: may be below 0

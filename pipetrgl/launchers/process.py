@@ -99,7 +99,7 @@ def serve(run: Path, rank: int, incarnation: int, store: Store, address: str, lo
 
 def device_of(blueprint: Blueprint, local_rank: int) -> torch.device:
     """The CPU, or this worker's GPU of its node."""
-    if blueprint.config.pipeline.device == "cpu":
+    if blueprint.config.pipeline.hardware == "cpu":
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)

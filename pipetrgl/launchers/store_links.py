@@ -90,4 +90,4 @@ def _replacement_s(job: Job, member: Membership) -> float | None:
 def replaces_stages(config: Config) -> bool:
     """Whether a worker that dies is replaced alone. Never on a GPU: NCCL has no way to give up one broken pair."""
     launcher = config.launcher
-    return launcher.restart == "stage" and launcher.max_failures > 0 and config.pipeline.device == "cpu"
+    return launcher.restart == "stage" and launcher.max_failures > 0 and config.pipeline.hardware == "cpu"
