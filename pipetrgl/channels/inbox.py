@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import final
 
 import torch
@@ -49,7 +48,9 @@ class LinkInbox:
         self._terms = terms
         self._alarm = alarm
         self._neighbour = neighbour
-        self._expected = tuple(expected)
+        self._expected = tuple(
+            wire.TensorSpec(spec.shape, _wire_dtype(terms.codec, spec.dtype)) for spec in expected
+        )
         self._next_index = connection.next_index
         self._slots = [_Slot(device) for _ in range(terms.capacity)]
         self._box = Mailbox(terms.capacity, alarm, terms.timeout_s, terms.sender, terms.receiver)
@@ -122,7 +123,7 @@ class LinkInbox:
         with connection.line.decoding(slot):
             activation = decode(self._terms.codec, buffers)
         self._next_index += 1
-        return replace(header.labelled, activation=activation)
+        return header.labelled.carrying(activation)
 
     def _answer_until_closed(self) -> None:
         """After the end, a replaced sender must still be told that nothing more is wanted."""
@@ -143,7 +144,7 @@ class LinkInbox:
             count = len(self._expected) * terms.codec.num_parts
             raise LinkError(f"{where}: got {len(header.tensors)} tensors from {terms.sender}, expected {count}")
         for expected, got in zip(self._expected, header.tensors[:: terms.codec.num_parts], strict=False):
-            want = wire.TensorSpec((batch.num_rows, *expected.shape), _wire_dtype(terms.codec, expected.dtype))
+            want = wire.TensorSpec((batch.num_rows, *expected.shape), expected.dtype)
             if got != want:
                 raise LinkError(
                     f"{where}: got activation {got} from {terms.sender}, expected {want}; "
@@ -158,12 +159,21 @@ class _Slot:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._storage: list[Tensor] = []
+        self._specs: tuple[wire.TensorSpec, ...] = ()
+        self._views: tuple[Tensor, ...] = ()
 
     @property
     def nbytes(self) -> int:
         return sum(storage.numel() for storage in self._storage)
 
-    def views(self, specs: Sequence[wire.TensorSpec]) -> tuple[Tensor, ...]:
+    def views(self, specs: tuple[wire.TensorSpec, ...]) -> tuple[Tensor, ...]:
+        """Fresh tensors of these shapes over the slot's memory; the same memory for the same specs."""
+        if specs != self._specs:
+            self._specs, self._views = specs, self._laid_out(specs)
+        # a stage may make what it gets a part of its graph: never the same tensor twice
+        return tuple(view.detach() for view in self._views)
+
+    def _laid_out(self, specs: Sequence[wire.TensorSpec]) -> tuple[Tensor, ...]:
         while len(self._storage) < len(specs):
             self._storage.append(torch.empty(0, dtype=torch.uint8, device=self._device))
         views = []

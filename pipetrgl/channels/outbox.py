@@ -71,7 +71,7 @@ class LinkOutbox:
 
     def send(self, micro_batch: MicroBatch) -> None:
         terms = self._terms
-        parts = tuple(part.contiguous() for part in encode(terms.codec, micro_batch.activation))
+        parts = tuple(part if part.is_contiguous() else part.contiguous() for part in encode(terms.codec, micro_batch.activation))
         header = wire.write(micro_batch, parts, terms.codec.code, terms.run_id, terms.label_words)
         self._hand_over(Sent.now(micro_batch.index, micro_batch.step, header, parts))
 

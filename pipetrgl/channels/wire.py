@@ -4,6 +4,8 @@ word  0 protocol version   1 run id     2 kind         3 split      4 epoch     
       7 row_start          8 batch_rows 9 flags       10 codec     11 number of payload tensors
      12 target dimensions 13 .. 16 target shape       17 .. 80 payload tensors: dtype, dimensions, 6 sizes each
      96 .. targets, then sample positions (`label_words` words, agreed at start)
+
+Headers are filled and read through numpy: after a wait each call of torch costs 20 to 40 us, one of numpy a quarter.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +28,7 @@ MAX_TENSORS = 8
 _TENSORS_AT = 17
 _WORDS_PER_TENSOR = 8
 _MAX_DIMS = 6
+_NOTHING = torch.empty(0)
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int64)
 
 
@@ -85,20 +89,22 @@ def write(micro_batch: MicroBatch, parts: Sequence[Tensor], codec: int, run_id: 
     fields += [target.ndim, *target.shape, *[0] * (4 - target.ndim)]
     for part in parts:
         fields += [_DTYPES.index(part.dtype), part.ndim, *part.shape, *[0] * (_MAX_DIMS - part.ndim)]
-    header = torch.zeros(HEADER_WORDS + words, dtype=torch.int64)
-    header[: len(fields)] = torch.tensor(fields)
-    labels = torch.cat([target.reshape(-1), positions]).to("cpu", torch.int64)
-    header[HEADER_WORDS : HEADER_WORDS + labels.numel()] = labels
-    return header
+    header = np.zeros(HEADER_WORDS + words, dtype=np.int64)
+    header[: len(fields)] = fields
+    labels = header[HEADER_WORDS:]
+    labels[: target.numel()] = target.numpy().reshape(-1)
+    labels[target.numel() : target.numel() + positions.numel()] = positions.numpy()
+    return torch.from_numpy(header)
 
 
 def read(header: Tensor, run_id: int) -> Header:
-    """The inverse of `write`.
+    """The inverse of `write`; targets and positions are views of the header.
 
     Raises:
         LinkError: another protocol version or another run's message.
     """
-    fields = header[:HEADER_WORDS].tolist()
+    words = header.numpy()
+    fields = words[:HEADER_WORDS].tolist()
     if fields[0] != PROTOCOL:
         raise LinkError(f"got wire protocol {fields[0]}, expected {PROTOCOL}; the workers run different versions")
     if fields[1] != run_id:
@@ -106,11 +112,11 @@ def read(header: Tensor, run_id: int) -> Header:
     target_shape = fields[13 : 13 + fields[12]]
     rows = target_shape[0] if target_shape else 0
     num_targets = math.prod(target_shape) if rows else 0
-    labels = header[HEADER_WORDS:]
+    labels = words[HEADER_WORDS:]
     labelled = MicroBatch(
-        activation=torch.empty(0),
-        target=labels[:num_targets].view(target_shape or (0,)).clone(),
-        positions=labels[num_targets : num_targets + rows].clone(),
+        activation=_NOTHING,
+        target=torch.from_numpy(labels[:num_targets].reshape(target_shape or (0,))),
+        positions=torch.from_numpy(labels[num_targets : num_targets + rows]),
         split=Split(fields[3]),
         epoch=fields[4],
         step=fields[5],

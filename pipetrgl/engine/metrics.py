@@ -1,6 +1,7 @@
 """The metrics hook: means of a stage's losses, accuracy, speed and waits, every n optimizer steps.
 
-Sums stay on the stage's device and are read once a row, so a step never waits for the device.
+Sums stay on the stage's device and are read once a row, so a step never waits for the device. What they are made of is
+kept for a few steps and added up in one go: a dozen small operations after each micro-batch would cost more than that.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ Row = dict[str, Any]
 Sink = Callable[[Row], None]
 
 logger = logging.getLogger(__name__)
+
+_MAX_KEPT = 8
+"""Micro-batches that are kept before they are added up; more only where one step has more."""
 
 NUMBERS = {
     "step": "Optimizer steps that the stage has reported.",
@@ -59,9 +63,10 @@ class TrainMetrics:
         self._learns = learns
         self._clock = _TrainClock(inbox, outbox)
         self._sums: Tensor | None = None
-        self._cost_names: tuple[str, ...] = ()
         self._rows = 0
-        self._before: tuple[Tensor | None, int] | None = None  # sums and rows when the step at hand began
+        self._cost_names: tuple[str, ...] = ()
+        self._kept: list[_Kept] = []  # not in the sums yet
+        self._num_earlier = 0  # of these, those of steps before the one at hand
         self._skipped = stage.skipped_updates
         self._unwritten = False  # a micro-batch has passed since the last row
         self._step = self._epoch = 0
@@ -72,20 +77,17 @@ class TrainMetrics:
             return
         self._cost_names = output.cost_names
         self._clock.count(micro_batch.num_rows)
-        self._before = self._before or (self._sums, self._rows)
-        loss, rows = output.loss, micro_batch.num_rows
-        target = micro_batch.target.to(output.logits.device)
-        correct = (output.logits.detach().argmax(-1) == target).sum()
-        parts = torch.stack([loss.total.detach(), loss.task, loss.transport, *loss.by_block])
-        sums = torch.cat([parts * rows, correct.to(parts.dtype).view(1)])
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._rows += rows
+        loss = output.loss
+        losses = (loss.total.detach(), loss.task, loss.transport, *loss.by_block)
+        self._kept.append(_Kept(losses, output.logits.detach(), micro_batch.target, micro_batch.num_rows))
         self._step, self._epoch, self._unwritten = micro_batch.step + 1, micro_batch.epoch, True
         if micro_batch.closes_step:
             if self._stage.skipped_updates > self._skipped:
                 self._skipped = self._stage.skipped_updates
-                self._sums, self._rows = self._before  # a step that was skipped is no part of the means
-            self._before = None
+                del self._kept[self._num_earlier :]  # a step that was skipped is no part of the means
+            if len(self._kept) >= _MAX_KEPT:
+                self._add_up()
+            self._num_earlier = len(self._kept)
             if micro_batch.closes_phase or self._step % self._every == 0:
                 self._write()
 
@@ -94,6 +96,7 @@ class TrainMetrics:
 
     def state(self) -> dict[str, Tensor]:
         """The sums since the last row, for a checkpoint between two rows, and the count of skipped updates."""
+        self._add_up()
         state: dict[str, Tensor] = {}
         if self._sums is not None:
             state["sums"] = self._sums
@@ -113,7 +116,24 @@ class TrainMetrics:
         if "skipped_updates" in state:
             self._skipped = self._stage.skipped_updates = int(state["skipped_updates"])
 
+    def _add_up(self) -> None:
+        """Into the sums, one after another: when that happens changes no bit of them."""
+        if not self._kept:
+            return
+        kept, self._kept, self._num_earlier = self._kept, [], 0
+        logits, target = torch.cat([one.logits for one in kept]), torch.cat([one.target for one in kept])
+        correct = (logits.argmax(-1) == target.to(logits.device, non_blocking=True)).sum()
+        losses = torch.stack([loss for one in kept for loss in one.losses]).view(len(kept), -1)
+        sums = torch.zeros_like(losses[0]) if self._sums is None else self._sums[:-1]
+        for row, one in zip(losses.unbind(), kept, strict=True):
+            sums = sums + row * one.num_rows
+            self._rows += one.num_rows
+        if self._sums is not None:
+            correct = correct + self._sums[-1]
+        self._sums = torch.cat([sums, correct.to(sums.dtype).view(1)])
+
     def _write(self) -> None:
+        self._add_up()
         row = {
             "kind": "train",
             "stage": self._stage.index,
@@ -149,6 +169,15 @@ class TrainMetrics:
             "transport_cost_by_block": dict(zip(self._cost_names, by_block, strict=True)),
             "accuracy": correct,
         }
+
+
+class _Kept(NamedTuple):
+    """What the means need of one micro-batch: its losses (local, task, transport, each block's), and how it was answered."""
+
+    losses: tuple[Tensor, ...]
+    logits: Tensor
+    target: Tensor
+    num_rows: int
 
 
 @final
@@ -204,8 +233,9 @@ def log_line(row: Row, num_stages: int) -> str:
     """A train row as one line: `s1/4 r0/1 step 1200 | local 1.832 (task 1.790, transport 0.041) | ...`."""
     rate = "-" if row["images_per_s"] is None else f"{row['images_per_s']:.0f}"
     wait = "-" if row["wait_share"] is None else f"{100 * row['wait_share']:.0f} %"
-    means = "every update skipped" if row["skipped_updates"] else "learns nothing"
-    if row["local_loss"] is not None:
+    if row["local_loss"] is None:
+        means = "every update skipped" if row["skipped_updates"] > 0 else "learns nothing"
+    else:
         more = row["local_loss"] - row["task_loss"]
         term = "transport" if row["weight"] > 0 or more == 0 else "criterion"  # a rival's: may be below 0
         means = (
