@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +53,8 @@ class LinkInbox:
             wire.TensorSpec(spec.shape, _wire_dtype(terms.codec, spec.dtype)) for spec in expected
         )
         self._next_index = connection.next_index
+        self._words = np.empty(wire.HEADER_WORDS + terms.label_words, dtype=np.int64)
+        self._header = torch.from_numpy(self._words)
         self._slots = [_Slot(device) for _ in range(terms.capacity)]
         self._box = Mailbox(terms.capacity, alarm, terms.timeout_s, terms.sender, terms.receiver)
         self._closed = threading.Event()
@@ -109,10 +112,9 @@ class LinkInbox:
                 self._connection = self._neighbour.reconnect(lost, self._next_index)
 
     def _take_from(self, connection: Connection, slot: int) -> MicroBatch | None:
-        words = torch.empty(wire.HEADER_WORDS + self._terms.label_words, dtype=torch.int64)
         with lost_if_broken(self._terms.sender):
-            connection.group.recv([words], SENDER, HEADER_TAG).wait(FOREVER)
-        header = wire.read(words, self._terms.run_id)
+            connection.group.recv([self._header], SENDER, HEADER_TAG).wait(FOREVER)
+        header = wire.read(self._words, self._terms.run_id)
         if header.kind is wire.Kind.END:
             self._next_index += 1
             return None

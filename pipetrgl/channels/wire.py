@@ -16,11 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pipetrgl.errors import LinkError
 from pipetrgl.microbatch import MicroBatch, Split
+
+Words = npt.NDArray[np.int64]
 
 PROTOCOL = 1
 HEADER_WORDS = 96
@@ -97,13 +100,12 @@ def write(micro_batch: MicroBatch, parts: Sequence[Tensor], codec: int, run_id: 
     return torch.from_numpy(header)
 
 
-def read(header: Tensor, run_id: int) -> Header:
-    """The inverse of `write`; targets and positions are views of the header.
+def read(words: Words, run_id: int) -> Header:
+    """The inverse of `write`, from its words; copies the labels, so that these may be used again.
 
     Raises:
         LinkError: another protocol version or another run's message.
     """
-    words = header.numpy()
     fields = words[:HEADER_WORDS].tolist()
     if fields[0] != PROTOCOL:
         raise LinkError(f"got wire protocol {fields[0]}, expected {PROTOCOL}; the workers run different versions")
@@ -112,11 +114,11 @@ def read(header: Tensor, run_id: int) -> Header:
     target_shape = fields[13 : 13 + fields[12]]
     rows = target_shape[0] if target_shape else 0
     num_targets = math.prod(target_shape) if rows else 0
-    labels = words[HEADER_WORDS:]
+    labels = words[HEADER_WORDS : HEADER_WORDS + num_targets + rows].copy()
     labelled = MicroBatch(
         activation=_NOTHING,
         target=torch.from_numpy(labels[:num_targets].reshape(target_shape or (0,))),
-        positions=torch.from_numpy(labels[num_targets : num_targets + rows]),
+        positions=torch.from_numpy(labels[num_targets:]),
         split=Split(fields[3]),
         epoch=fields[4],
         step=fields[5],

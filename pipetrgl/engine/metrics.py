@@ -172,7 +172,7 @@ class TrainMetrics:
 
 
 class _Kept(NamedTuple):
-    """What the means need of one micro-batch: its losses (local, task, transport, each block's), and how it was answered."""
+    """What the means need of one micro-batch; its losses are the local, task and transport one and each block's."""
 
     losses: tuple[Tensor, ...]
     logits: Tensor
@@ -182,17 +182,20 @@ class _Kept(NamedTuple):
 
 @final
 class _TrainClock:
-    """Time of training micro-batches only, split into computing, waiting for input and waiting to send."""
+    """Time of training micro-batches only, split into computing, waiting for input and waiting to send.
+
+    Its processor time is that of the whole process, every thread of it.
+    """
 
     def __init__(self, inbox: Inbox, outbox: Outbox) -> None:
         self._inbox, self._outbox = inbox, outbox
         self._mark = self._read()
-        self._total = [0.0, 0.0, 0.0, 0.0]  # seconds, inbox wait, outbox wait, images
-        self._at_last_row = [0.0, 0.0, 0.0, 0.0]
+        self._total = [0.0] * 5  # seconds, inbox wait, outbox wait, processor seconds, images
+        self._at_last_row = [0.0] * 5
         self._first = True
 
-    def _read(self) -> tuple[float, float, float]:
-        return time.perf_counter(), self._inbox.waited_s, self._outbox.waited_s
+    def _read(self) -> tuple[float, float, float, float]:
+        return time.perf_counter(), self._inbox.waited_s, self._outbox.waited_s, time.process_time()
 
     def skip(self) -> None:
         self._mark = self._read()
@@ -200,21 +203,21 @@ class _TrainClock:
     def count(self, images: int) -> None:
         now = self._read()
         if not self._first:  # the first micro-batch holds the fill of the pipeline and all warm-up
-            for part in range(3):
+            for part in range(4):
                 self._total[part] += now[part] - self._mark[part]
-            self._total[3] += images
+            self._total[4] += images
         self._first = False
         self._mark = now
 
     def since_last_row(self) -> Row:
-        seconds, waited, send_waited, images = (
+        seconds, waited, send_waited, _, images = (
             now - then for now, then in zip(self._total, self._at_last_row, strict=True)
         )
         self._at_last_row = list(self._total)
         return {"images_per_s": _ratio(images, seconds), "wait_share": _ratio(waited + send_waited, seconds)}
 
     def summary(self, stage: Stage) -> Row:
-        seconds, waited, send_waited, images = self._total
+        seconds, waited, send_waited, cpu, images = self._total
         return {
             "kind": "summary",
             "stage": stage.index,
@@ -225,6 +228,7 @@ class _TrainClock:
             "wait_share": _ratio(waited, seconds),
             "send_wait_share": _ratio(send_waited, seconds),
             "compute_share": _ratio(seconds - waited - send_waited, seconds),
+            "cpu_s": cpu,
             "bytes_sent": self._outbox.sent_bytes,
         }
 

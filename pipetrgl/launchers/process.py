@@ -26,7 +26,7 @@ from pipetrgl.launchers.accounts import report
 from pipetrgl.launchers.membership import Membership, name_of
 from pipetrgl.launchers.rows import BoardSink, ForwardLogs
 from pipetrgl.launchers.signals import await_release, share_stop, stop_on_signals
-from pipetrgl.launchers.store_links import StoreLinks
+from pipetrgl.launchers.store_links import StoreLinks, replaces_stages
 from pipetrgl.logs import log_to_stderr
 from pipetrgl.worker import Job, run_worker
 
@@ -120,7 +120,9 @@ def _heartbeat(job: Job, member: Membership, alarm: Alarm) -> Heartbeat:
     neighbours = [] if member.supervised else [k for k in (stage - 1, stage + 1) if 0 <= k < world.num_stages]
     watched = {world.rank(k): name_of(world.place(world.rank(k))) for k in neighbours}
     store, rank = member.store.clone(), member.place.rank
-    heartbeat = Heartbeat(store, rank, watched, channel.heartbeat_s, channel.heartbeat_timeout_s, alarm)
+    # a neighbour that is being replaced is news that everybody waits for; a failure shows as a broken link beforehand
+    look_s = 0.25 if replaces_stages(job.blueprint.config) else 1.0
+    heartbeat = Heartbeat(store, rank, watched, channel.heartbeat_s, look_s, channel.heartbeat_timeout_s, alarm)
     heartbeat.looks.append(functools.partial(share_stop, job.stop))
     return heartbeat
 
