@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from pipetrgl.config.explain import explain, plain, ruled_out, section_of
 from pipetrgl.config.inherit import merge, read, real
-from pipetrgl.config.planned import read_plan
+from pipetrgl.config.planned import planned_times, read_plan
 from pipetrgl.config.schema import Config, Section
 from pipetrgl.config.source import (
     MAX_DEPTH,
@@ -111,38 +111,55 @@ def _absolute(path: str, origin: Origin) -> str:
 
 
 def _with_planned_cuts(tree: Entry, problems: list[Problem]) -> Entry:
-    """Put the cuts and the number of stages of `plan` where a file would write them.
+    """Put the cuts and the number of stages of `plan` where a file would write them, and the times of emulated stages.
 
-    Neither may be written beside the plan; as an override, it wins over the files.
+    None may be written beside the plan; as an override, it wins over the files.
     """
     top = tree.value if isinstance(tree.value, dict) else {}
     plan = top.get("plan")
     if plan is None or not isinstance(plan.value, str) or not plan.value or "\0" in plan.value:
         return tree
+    device = _entry(tree, ("pipeline", "device"))
+    emulated = device is not None and device.value == "emulated"
     written = False
-    for name, key in (("model", "cuts"), ("pipeline", "stages")):
-        section = top.get(name)
-        if section is not None and isinstance(section.value, dict) and (entry := section.value.get(key)):
+    for keys in _PLANNED + _PLANNED_TIMES * emulated:
+        if (entry := _entry(tree, keys)) is not None:
             if plan.origin.file is None and entry.origin.file is not None:
                 continue
             written = True
-            text = f"{name}.{key}: the plan sets it ({plan.value}); remove it, or remove plan"
+            text = f"{'.'.join(keys)}: the plan sets it ({plan.value}); remove it, or remove plan"
             problems.append(Problem(text, entry.origin))
     if written:
         return tree
     path = _absolute(plan.value, plan.origin)
     try:
         cuts = read_plan(Path(path)).cuts
+        times = planned_times(Path(path)) if emulated else {}
     except ConfigError as error:
         problems.append(Problem(f"plan: {error}", plan.origin, hides_values=True))
         return tree
-    counts = Entry([Entry(count, plan.origin) for count in cuts], plan.origin)
-    planned = {
-        "plan": Entry(path, plan.origin),
-        "model": Entry({"cuts": counts}, plan.origin),
-        "pipeline": Entry({"stages": Entry(len(cuts), plan.origin)}, plan.origin),
-    }
-    return merge(tree, Entry(planned, tree.origin))
+    pipeline = {"stages": len(cuts), **({"emulated": times} if times else {})}
+    planned = {"plan": path, "model": {"cuts": list(cuts)}, "pipeline": pipeline}
+    return merge(tree, Entry({key: _written(value, plan.origin) for key, value in planned.items()}, tree.origin))
+
+
+_PLANNED: tuple[tuple[str, ...], ...] = (("model", "cuts"), ("pipeline", "stages"))
+_PLANNED_TIMES = tuple(("pipeline", "emulated", name) for name in ("forward_s", "backward_s", "update_s", "rows"))
+
+
+def _entry(tree: Entry, keys: Sequence[str]) -> Entry | None:
+    """What is written at a path, if anything is."""
+    found: Entry | None = tree
+    for key in keys:
+        found = found.value.get(key) if found is not None and isinstance(found.value, dict) else None
+    return found
+
+
+def _written(value: Any, origin: Origin) -> Entry:
+    """A value as if it stood at `origin`."""
+    if isinstance(value, dict):
+        return Entry({key: _written(inner, origin) for key, inner in value.items()}, origin)
+    return Entry([Entry(item, origin) for item in value] if isinstance(value, list) else value, origin)
 
 
 def _without_empty_sections(content: Plain, section: type[Section]) -> Plain:

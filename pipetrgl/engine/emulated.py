@@ -7,6 +7,7 @@ Links, loop, hooks and launchers are the real ones; see docs/performance.md for 
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import final
@@ -16,7 +17,7 @@ import torch
 from pipetrgl.config.schema import Config
 from pipetrgl.microbatch import MicroBatch
 from pipetrgl.objective import LocalLoss
-from pipetrgl.seeds import derive
+from pipetrgl.seeds import NUM_DRAWS, jitter_draws
 from pipetrgl.stage import Stage, StageOutput
 
 
@@ -36,18 +37,15 @@ class Times:
         self.backward_s = _of(emulated.backward_s, stage) / rows
         self.update_s = _of(emulated.update_s, stage)
         self._jitter = emulated.jitter
-        self._seed = config.seed
-        self._stage = stage
+        self._draws = functools.lru_cache(maxsize=1)(functools.partial(jitter_draws, config.seed, stage))
 
     def drawn(self, index: int) -> float:
         """What the times of micro-batch `index` are multiplied by: from 1 - jitter up to 1 + jitter.
 
         A function of the seed, the stage and the place in the stream: every run of a config has the same.
         """
-        if self._jitter == 0:
-            return 1.0
-        draw = derive(self._seed, "emulated jitter", self._stage, index) / 2**63
-        return 1 - self._jitter + 2 * self._jitter * draw
+        part, place = divmod(index, NUM_DRAWS)
+        return 1 + self._jitter * float(self._draws(part)[place])
 
 
 @final

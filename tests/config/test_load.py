@@ -81,7 +81,7 @@ def test_all_problems_come_at_once_in_the_house_form(write: Write) -> None:
         ("optim.betas", "[0.9]", "[0.9] is not allowed; expected a list of 2 numbers of at least 0 and below 1"),
         ("optim.name", "3", "3 is an int; expected one of sgd, adam, adamw"),
         ("optim.name", "adm", "'adm' is not allowed. Did you mean 'adam'? Allowed: adam, adamw, sgd."),
-        ("pipeline", "4", "4 is an int; expected a section with some of: stages, device"),
+        ("pipeline", "4", "4 is an int; expected a section with some of: stages, device, emulated"),
     ],
 )
 def test_a_wrong_value_says_what_was_got_and_what_is_expected(write: Write, key: str, value: str, row: str) -> None:
