@@ -169,7 +169,9 @@ def log_of(folder: Path) -> Iterator[Any]:
 
 def main(num_batches: int, names: Sequence[str]) -> None:
     link = measure_link(repeats=5, capacity=4)
-    print(f"# {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {num_batches} micro-batches of {PAYLOAD_BYTES} bytes")
+    print(
+        f"# {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {num_batches} micro-batches of {PAYLOAD_BYTES} bytes"
+    )
     print(f"# {json.dumps({key: value for key, value in environment().items() if key != 'command'})}")
     print(f"# a link of this machine: {1e6 * link.latency_s:.0f} us and {link.bytes_per_s / 1e9:.2f} GB/s")
     print("stages                              capacity  predicted ms  measured ms    error")

@@ -49,9 +49,7 @@ class LinkInbox:
         self._terms = terms
         self._alarm = alarm
         self._neighbour = neighbour
-        self._expected = tuple(
-            wire.TensorSpec(spec.shape, _wire_dtype(terms.codec, spec.dtype)) for spec in expected
-        )
+        self._expected = tuple(wire.TensorSpec(spec.shape, _wire_dtype(terms.codec, spec.dtype)) for spec in expected)
         self._next_index = connection.next_index
         self._words = np.empty(wire.HEADER_WORDS + terms.label_words, dtype=np.int64)
         self._header = torch.from_numpy(self._words)

@@ -1,4 +1,4 @@
-"""What training reads of a plan.json that `pipetrgl plan` wrote: the cuts, for which network, and each stage's times."""
+"""What training reads of a plan.json that `pipetrgl plan` wrote: the cuts, for which network, and stages' times."""
 
 from __future__ import annotations
 

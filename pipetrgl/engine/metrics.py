@@ -52,9 +52,7 @@ class TrainMetrics:
         learns: False for an emulated stage, of which there are times but no means.
     """
 
-    def __init__(
-        self, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink, every: int, learns: bool = True
-    ) -> None:
+    def __init__(self, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink, every: int, learns: bool = True) -> None:
         self._stage = stage
         self._inbox = inbox
         self._outbox = outbox
