@@ -3,11 +3,11 @@
     python benchmarks/simulator.py [micro-batches a run] [names ...] > benchmarks/simulator.txt
 
 Every pipeline runs as `pipetrgl train`: real processes, links, loop and hooks, stages that take a time instead of
-computing (docs/performance.md). The simulator is given the stages' times, the capacity and the links' times, and nothing
-that was measured in the run. A link of this machine is measured beforehand, as `pipetrgl plan` does it; a slow one has
-the bytes on the wire over the rate of `tc tbf`: between two network namespaces, half of the stages in each, under
-torchrun (needs root). Compared is the time between two micro-batches at the last stage, over the second half of the
-stream. The emulated stages and the simulator draw the same jitter.
+computing (docs/performance.md). The simulator is given the stages' times, the capacity and the links' times, and
+nothing that was measured in the run. A link of this machine is measured beforehand, as `pipetrgl plan` does it; a slow
+one has the bytes on the wire over the rate of `tc tbf`: between two network namespaces, half of the stages in each,
+under torchrun (needs root). Compared is the time between two micro-batches at the last stage, over the second half of
+the stream. The emulated stages and the simulator draw the same jitter.
 """
 
 from __future__ import annotations

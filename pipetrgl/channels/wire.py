@@ -5,7 +5,7 @@ word  0 protocol version   1 run id     2 kind         3 split      4 epoch     
      12 target dimensions 13 .. 16 target shape       17 .. 80 payload tensors: dtype, dimensions, 6 sizes each
      96 .. targets, then sample positions (`label_words` words, agreed at start)
 
-Headers are filled and read through numpy: after a wait each call of torch costs 20 to 40 us, one of numpy a quarter.
+Headers are filled and read through numpy: after a wait a call of torch costs 10 to 40 us, one of numpy a quarter.
 """
 
 from __future__ import annotations
