@@ -80,7 +80,9 @@ class MicroBatch:
 
     def carrying(self, activation: Activation) -> MicroBatch:
         """The same micro-batch with another activation: what a stage hands on."""
-        return replace(self, activation=activation)
+        other = object.__new__(MicroBatch)  # as dataclasses.replace does, at a tenth of its time
+        other.__dict__.update(self.__dict__, activation=activation)
+        return other
 
     def share(self, rows: range) -> MicroBatch:
         """Its rows that are among `rows` of the step, perhaps none; shares this one's memory."""

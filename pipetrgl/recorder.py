@@ -140,6 +140,7 @@ class Recorder:
             "launcher": launcher,
             "model": self._blueprint.network.name,
             "data": self._blueprint.spec.name,
+            "device": self._blueprint.config.pipeline.device,
             "config_hash": self._blueprint.config_hash,
             "num_stages": len(stages),
             "num_steps": (max if together else sum)(stage["num_steps"] for stage in stages),
@@ -182,7 +183,8 @@ class Recorder:
             **{
                 name: summary.get(name)
                 for name in (
-                    "train_s", "images_per_s", "compute_share", "wait_share", "send_wait_share", "bytes_sent",
+                    "train_s", "images_per_s", "compute_share", "wait_share", "send_wait_share", "cpu_s",
+                    "bytes_sent",
                 )
             },
             **_worker(rows, replica=0),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -30,3 +31,14 @@ def torch_stream(seed: int, *purpose: str | int) -> torch.Generator:
 def numpy_stream(seed: int, *purpose: str | int) -> np.random.Generator:
     """A fresh Philox generator for one purpose; its stream is the same on every platform."""
     return np.random.Generator(np.random.Philox(derive(seed, *purpose)))
+
+
+NUM_DRAWS = 1024
+
+
+def jitter_draws(seed: int, stage: int, part: int) -> npt.NDArray[np.float64]:
+    """Even draws from -1 .. 1 for micro-batches part * NUM_DRAWS and on: how much of the jitter a stage is slower.
+
+    Emulated stages and the simulator have the same, so a run can be compared with what was predicted for it.
+    """
+    return numpy_stream(seed, "jitter", stage, part).uniform(-1, 1, NUM_DRAWS)

@@ -141,7 +141,7 @@ class Stage:
 
     def update(self) -> None:
         """One optimizer step of blocks and head, at the schedule's rate for it."""
-        self._gradients.finish()
+        self.complete_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         if not self._precision.step(self.optimizer):
@@ -149,6 +149,10 @@ class Stage:
             return
         self.optimizer.zero_grad(set_to_none=True)
         self.num_updates += 1
+
+    def complete_gradients(self) -> None:
+        """Wait until the gradients are those of all replicas' rows."""
+        self._gradients.finish()
 
     def skip_update(self) -> None:
         """In place of `update`: drop the step's gradients; schedule and checkpoints count it like any other step."""

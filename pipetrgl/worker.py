@@ -24,6 +24,7 @@ from pipetrgl.data.dataset import Dataset
 from pipetrgl.data.loader import Ends, Loader
 from pipetrgl.engine import loop
 from pipetrgl.engine.checkpoint import Checkpoint
+from pipetrgl.engine.emulated import Device, EmulatedStage, Times
 from pipetrgl.engine.evaluate import Evaluation
 from pipetrgl.engine.faults import rehearse
 from pipetrgl.engine.guard import StabilityGuard
@@ -188,7 +189,15 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device, replicas
 def build_trainee(job: Job, stage: Stage) -> loop.Trainee:
     """The stage as the loop trains it: watched for values that are not finite, and meeting the faults to rehearse."""
     config = job.blueprint.config
-    return rehearse(watch(stage, config.train.on_nonfinite), config.launcher.faults, job.run)
+    emulated = config.pipeline.device == "emulated"
+    trainee = _emulated(job.blueprint, stage) if emulated else watch(stage, config.train.on_nonfinite)
+    return rehearse(trainee, config.launcher.faults, job.run)
+
+
+def _emulated(blueprint: Blueprint, stage: Stage) -> EmulatedStage:
+    """The stage on a device that only takes its time."""
+    shape, num_classes = blueprint.output_shape(stage.index), blueprint.spec.num_classes
+    return EmulatedStage(stage, shape, num_classes, blueprint.max_rows, Times(blueprint.config, stage.index), Device())
 
 
 def build_plan(blueprint: Blueprint) -> Plan:
@@ -236,16 +245,20 @@ def build_hooks(job: Job, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink
     config = job.blueprint.config
     momentum = config.optim.momentum
     guarded = config.optim.name == "sgd" and stage.replicas.replica == 0  # one warning for all
-    metrics = TrainMetrics(stage, inbox, outbox, sink, config.metrics.every)
+    learns = config.pipeline.device != "emulated"
+    metrics = TrainMetrics(stage, inbox, outbox, sink, config.metrics.every, learns)
     if job.checkpoint is not None:
         job.checkpoint.load_into(stage, metrics)
         stage.num_updates = job.blueprint.itinerary.sweep.num_updates(stage.index, job.first_step)
-    schedule = SaveSchedule(config.checkpoint.every, config.run.save_final, job.blueprint.itinerary.total_steps)
+    total_steps = job.blueprint.itinerary.total_steps
+    schedule = SaveSchedule(config.checkpoint.every, config.run.save_final, total_steps)
+    if not learns:
+        schedule = SaveSchedule(every=0, final=False, total_steps=0)  # never, also when the run is stopped
     saves = SaveCheckpoints(stage, metrics, outbox, job.run, sink, schedule, job.first_step)
     return [
         *([StabilityGuard(stage, optim.peak_rate(config.optim), momentum)] if guarded else []),
         metrics,
-        Evaluation(stage, sink, config.train.on_nonfinite),
+        Evaluation(stage, sink, config.train.on_nonfinite, learns),
         saves,  # after the metrics, whose sums it saves
     ]
 

@@ -9,7 +9,8 @@ from typing import final
 
 from pipetrgl.errors import StalledError
 
-_POLL_S = 0.05
+_POLL_S = 0.25
+"""Between two looks at the alarm; what is waited for wakes at once."""
 
 
 @final

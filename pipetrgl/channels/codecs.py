@@ -86,7 +86,9 @@ CODECS: dict[str, Codec] = {
 def encode(codec: Codec, activation: Activation) -> tuple[Tensor, ...]:
     """All wire tensors of an activation, detached: the parts of its first tensor, then of the next."""
     tensors = activation if isinstance(activation, tuple) else (activation,)
-    return tuple(part for tensor in tensors for part in codec.encode(tensor.detach()))
+    return tuple(
+        part for tensor in tensors for part in codec.encode(tensor.detach() if tensor.requires_grad else tensor)
+    )
 
 
 def decode(codec: Codec, parts: tuple[Tensor, ...]) -> Activation:

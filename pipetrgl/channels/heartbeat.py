@@ -28,20 +28,29 @@ class Heartbeat:
         rank: this worker's.
         watched: rank -> "stage 1 (rank 1)" of the workers to watch.
         interval_s: between two beats.
+        look_s: at the most, between two looks at the run's failure and at whatever `looks` asks the store.
         timeout_s: silence after which a worker is taken for dead.
         alarm: rung.
 
     Attributes:
-        looks: called with this thread's own client of the store, several times a second.
+        looks: called with this thread's own client of the store, every `look_s`.
     """
 
     def __init__(
-        self, store: Store, rank: int, watched: Mapping[int, str], interval_s: float, timeout_s: float, alarm: Alarm
+        self,
+        store: Store,
+        rank: int,
+        watched: Mapping[int, str],
+        interval_s: float,
+        look_s: float,
+        timeout_s: float,
+        alarm: Alarm,
     ) -> None:
         self._board = Board(store, timeout_s)
         self._rank = rank
         self._watch = Watch(watched, timeout_s)
         self._interval_s = interval_s
+        self._look_s = min(look_s, interval_s)
         self._alarm = alarm
         self._stop = threading.Event()
         self.looks: list[Callable[[Board], None]] = []
@@ -62,7 +71,7 @@ class Heartbeat:
         count = 1
         next_beat = 0.0
         try:
-            while not self._stop.wait(min(0.25, self._interval_s)):
+            while not self._stop.wait(self._look_s):
                 failure = self._board.find(FAILURE)
                 if failure is not None:
                     self._alarm.ring(remote_error(failure))

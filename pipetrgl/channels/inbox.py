@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,8 +49,10 @@ class LinkInbox:
         self._terms = terms
         self._alarm = alarm
         self._neighbour = neighbour
-        self._expected = tuple(expected)
+        self._expected = tuple(wire.TensorSpec(spec.shape, _wire_dtype(terms.codec, spec.dtype)) for spec in expected)
         self._next_index = connection.next_index
+        self._words = np.empty(wire.HEADER_WORDS + terms.label_words, dtype=np.int64)
+        self._header = torch.from_numpy(self._words)
         self._slots = [_Slot(device) for _ in range(terms.capacity)]
         self._box = Mailbox(terms.capacity, alarm, terms.timeout_s, terms.sender, terms.receiver)
         self._closed = threading.Event()
@@ -108,10 +110,9 @@ class LinkInbox:
                 self._connection = self._neighbour.reconnect(lost, self._next_index)
 
     def _take_from(self, connection: Connection, slot: int) -> MicroBatch | None:
-        words = torch.empty(wire.HEADER_WORDS + self._terms.label_words, dtype=torch.int64)
         with lost_if_broken(self._terms.sender):
-            connection.group.recv([words], SENDER, HEADER_TAG).wait(FOREVER)
-        header = wire.read(words, self._terms.run_id)
+            connection.group.recv([self._header], SENDER, HEADER_TAG).wait(FOREVER)
+        header = wire.read(self._words, self._terms.run_id)
         if header.kind is wire.Kind.END:
             self._next_index += 1
             return None
@@ -122,7 +123,7 @@ class LinkInbox:
         with connection.line.decoding(slot):
             activation = decode(self._terms.codec, buffers)
         self._next_index += 1
-        return replace(header.labelled, activation=activation)
+        return header.labelled.carrying(activation)
 
     def _answer_until_closed(self) -> None:
         """After the end, a replaced sender must still be told that nothing more is wanted."""
@@ -143,7 +144,7 @@ class LinkInbox:
             count = len(self._expected) * terms.codec.num_parts
             raise LinkError(f"{where}: got {len(header.tensors)} tensors from {terms.sender}, expected {count}")
         for expected, got in zip(self._expected, header.tensors[:: terms.codec.num_parts], strict=False):
-            want = wire.TensorSpec((batch.num_rows, *expected.shape), _wire_dtype(terms.codec, expected.dtype))
+            want = wire.TensorSpec((batch.num_rows, *expected.shape), expected.dtype)
             if got != want:
                 raise LinkError(
                     f"{where}: got activation {got} from {terms.sender}, expected {want}; "
@@ -158,12 +159,21 @@ class _Slot:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._storage: list[Tensor] = []
+        self._specs: tuple[wire.TensorSpec, ...] = ()
+        self._views: tuple[Tensor, ...] = ()
 
     @property
     def nbytes(self) -> int:
         return sum(storage.numel() for storage in self._storage)
 
-    def views(self, specs: Sequence[wire.TensorSpec]) -> tuple[Tensor, ...]:
+    def views(self, specs: tuple[wire.TensorSpec, ...]) -> tuple[Tensor, ...]:
+        """Fresh tensors of these shapes over the slot's memory; the same memory for the same specs."""
+        if specs != self._specs:
+            self._specs, self._views = specs, self._laid_out(specs)
+        # a stage may make what it gets a part of its graph: never the same tensor twice
+        return tuple(view.detach() for view in self._views)
+
+    def _laid_out(self, specs: Sequence[wire.TensorSpec]) -> tuple[Tensor, ...]:
         while len(self._storage) < len(specs):
             self._storage.append(torch.empty(0, dtype=torch.uint8, device=self._device))
         views = []

@@ -11,9 +11,8 @@ drops what the old receiver already has.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Protocol, final
 
 from torch.distributed import ProcessGroup
@@ -23,8 +22,8 @@ from pipetrgl.channels.payload import PayloadLine
 from pipetrgl.errors import LinkError
 
 HEADER_TAG = 0
-LOOK_S = 0.1
-"""How often an idle link looks whether its neighbour was replaced."""
+LOOK_S = 0.25
+"""How often an idle link looks whether its neighbour was replaced, of which the heartbeat learns as often."""
 
 
 @final
@@ -96,10 +95,18 @@ class LostPeerError(LinkError):
     """A neighbour went away; usually the consequence of an error that the neighbour reports itself."""
 
 
-@contextlib.contextmanager
-def lost_if_broken(peer: str) -> Iterator[None]:
+@final
+class lost_if_broken:  # noqa: N801  # read as a statement
     """Around calls of a process group, whose every failure is a RuntimeError."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise LostPeerError(f"the link to {peer} broke: {str(error).splitlines()[0]}") from error
+
+    def __init__(self, peer: str) -> None:
+        self._peer = peer
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, RuntimeError):
+            raise LostPeerError(f"the link to {self._peer} broke: {str(error).splitlines()[0]}") from error

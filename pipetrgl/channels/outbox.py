@@ -11,7 +11,6 @@ from pipetrgl.channels.alarm import Alarm, wait_until
 from pipetrgl.channels.c10d import RECEIVER
 from pipetrgl.channels.codecs import encode
 from pipetrgl.channels.link import HEADER_TAG, LOOK_S, Connection, LinkTerms, LostPeerError, Neighbour, lost_if_broken
-from pipetrgl.channels.payload import FOREVER
 from pipetrgl.channels.replay import ReplayLog, Sent
 from pipetrgl.errors import ReplayGapError
 from pipetrgl.microbatch import MicroBatch
@@ -33,8 +32,7 @@ class _Posted:
         if self.failure is not None:
             raise self.failure
         with lost_if_broken(receiver):
-            self.header_work.wait(FOREVER)
-            self.connection.line.complete(self.payload)
+            self.connection.line.complete(self.header_work, self.payload)
 
 
 @final

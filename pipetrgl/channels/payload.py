@@ -27,8 +27,8 @@ class PayloadLine(Protocol):
     def post(self, parts: Sequence[Tensor]) -> Any:
         """Make `parts` ready to go, right after the header was posted; returns what `complete` needs."""
 
-    def complete(self, posted: Any) -> None:
-        """The header was taken; return when `parts` may be freed."""
+    def complete(self, header: Any, posted: Any) -> None:
+        """Return when the header, work on its way, was taken and `parts` may be freed."""
 
     def fill(self, slot: int, buffers: Sequence[Tensor]) -> None:
         """Receive into the buffers of a slot."""
@@ -54,8 +54,8 @@ class GlooLine:
     def post(self, parts: Sequence[Tensor]) -> Any:
         return [self._group.send([part], self._peer, _PAYLOAD_TAG) for part in parts]
 
-    def complete(self, posted: Any) -> None:
-        for work in posted:
+    def complete(self, header: Any, posted: Any) -> None:
+        for work in (*reversed(posted), header):  # the last first: once it is done the others are, and wake nobody
             work.wait(FOREVER)
 
     def fill(self, slot: int, buffers: Sequence[Tensor]) -> None:
@@ -94,7 +94,8 @@ class NcclLine:
         ready.record(torch.cuda.current_stream(self._device))
         return parts, ready
 
-    def complete(self, posted: Any) -> None:
+    def complete(self, header: Any, posted: Any) -> None:
+        header.wait(FOREVER)
         parts, ready = posted
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)

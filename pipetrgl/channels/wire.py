@@ -5,6 +5,8 @@ word  0 protocol version   1 run id     2 kind         3 split      4 epoch     
      12 target dimensions 13 .. 16 target shape       17 .. 80 payload tensors: dtype, dimensions, 6 sizes each
      81 first row of the whole micro-batch, and 82 their number, which is 0 where it is no share of one
      96 .. targets, then sample positions (`label_words` words, agreed at start)
+
+Headers are filled and read through numpy: after a wait a call of torch costs 10 to 40 us, one of numpy a quarter.
 """
 
 from __future__ import annotations
@@ -14,11 +16,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pipetrgl.errors import LinkError
 from pipetrgl.microbatch import MicroBatch, Split
+
+Words = npt.NDArray[np.int64]
 
 PROTOCOL = 2
 HEADER_WORDS = 96
@@ -27,6 +33,7 @@ _TENSORS_AT = 17
 _WORDS_PER_TENSOR = 8
 _MAX_DIMS = 6
 _WHOLE_AT = _TENSORS_AT + MAX_TENSORS * _WORDS_PER_TENSOR
+_NOTHING = torch.empty(0)
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int64)
 
 
@@ -87,22 +94,23 @@ def write(micro_batch: MicroBatch, parts: Sequence[Tensor], codec: int, run_id: 
     fields += [target.ndim, *target.shape, *[0] * (4 - target.ndim)]
     for part in parts:
         fields += [_DTYPES.index(part.dtype), part.ndim, *part.shape, *[0] * (_MAX_DIMS - part.ndim)]
-    header = torch.zeros(HEADER_WORDS + words, dtype=torch.int64)
-    header[: len(fields)] = torch.tensor(fields)
+    header = np.zeros(HEADER_WORDS + words, dtype=np.int64)
+    header[: len(fields)] = fields
     if (whole := micro_batch.share_of) is not None:
-        header[_WHOLE_AT : _WHOLE_AT + 2] = torch.tensor([whole.start, len(whole)])
-    labels = torch.cat([target.reshape(-1), positions]).to("cpu", torch.int64)
-    header[HEADER_WORDS : HEADER_WORDS + labels.numel()] = labels
-    return header
+        header[_WHOLE_AT : _WHOLE_AT + 2] = whole.start, len(whole)
+    labels = header[HEADER_WORDS:]
+    labels[: target.numel()] = target.numpy().reshape(-1)
+    labels[target.numel() : target.numel() + positions.numel()] = positions.numpy()
+    return torch.from_numpy(header)
 
 
-def read(header: Tensor, run_id: int) -> Header:
-    """The inverse of `write`.
+def read(words: Words, run_id: int) -> Header:
+    """The inverse of `write`, from its words; copies the labels, so that these may be used again.
 
     Raises:
         LinkError: another protocol version or another run's message.
     """
-    fields = header[:HEADER_WORDS].tolist()
+    fields = words[:HEADER_WORDS].tolist()
     if fields[0] != PROTOCOL:
         raise LinkError(f"got wire protocol {fields[0]}, expected {PROTOCOL}; the workers run different versions")
     if fields[1] != run_id:
@@ -110,12 +118,12 @@ def read(header: Tensor, run_id: int) -> Header:
     target_shape = fields[13 : 13 + fields[12]]
     rows = target_shape[0] if target_shape else 0
     num_targets = math.prod(target_shape) if rows else 0
-    labels = header[HEADER_WORDS:]
+    labels = words[HEADER_WORDS : HEADER_WORDS + num_targets + rows].copy()
     first, size = fields[_WHOLE_AT : _WHOLE_AT + 2]
     labelled = MicroBatch(
-        activation=torch.empty(0),
-        target=labels[:num_targets].view(target_shape or (0,)).clone(),
-        positions=labels[num_targets : num_targets + rows].clone(),
+        activation=_NOTHING,
+        target=torch.from_numpy(labels[:num_targets].reshape(target_shape or (0,))),
+        positions=torch.from_numpy(labels[num_targets:]),
         split=Split(fields[3]),
         epoch=fields[4],
         step=fields[5],

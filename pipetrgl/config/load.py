@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from pipetrgl.config.explain import explain, plain, ruled_out, section_of
 from pipetrgl.config.inherit import merge, read, real
-from pipetrgl.config.planned import read_plan
+from pipetrgl.config.planned import planned_times, read_plan
 from pipetrgl.config.schema import Config, Section
 from pipetrgl.config.source import (
     MAX_DEPTH,
@@ -116,7 +116,7 @@ def _absolute(path: str, origin: Origin) -> str:
 
 
 def _with_planned_cuts(tree: Entry, problems: list[Problem]) -> Entry:
-    """Put the cuts, the number of stages and the replicas of `plan` where a file would write them.
+    """Put cuts, stages and replicas of `plan` where a file would write them, and the times of emulated stages.
 
     None of them may be written beside the plan; as an override, it wins over the files.
     """
@@ -124,32 +124,48 @@ def _with_planned_cuts(tree: Entry, problems: list[Problem]) -> Entry:
     plan = top.get("plan")
     if plan is None or not isinstance(plan.value, str) or not plan.value or "\0" in plan.value:
         return tree
+    device = _entry(tree, ("pipeline", "device"))
+    emulated = device is not None and device.value == "emulated"
     written = False
-    for name, key in (("model", "cuts"), ("pipeline", "stages"), ("pipeline", "replicas")):
-        section = top.get(name)
-        if section is not None and isinstance(section.value, dict) and (entry := section.value.get(key)):
+    for keys in _PLANNED + _PLANNED_TIMES * emulated:
+        if (entry := _entry(tree, keys)) is not None:
             if plan.origin.file is None and entry.origin.file is not None:
                 continue
             written = True
-            text = f"{name}.{key}: the plan sets it ({plan.value}); remove it, or remove plan"
+            text = f"{'.'.join(keys)}: the plan sets it ({plan.value}); remove it, or remove plan"
             problems.append(Problem(text, entry.origin))
     if written:
         return tree
     path = _absolute(plan.value, plan.origin)
     try:
         made = read_plan(Path(path))
+        times = planned_times(Path(path)) if emulated else {}
     except ConfigError as error:
         problems.append(Problem(f"plan: {error}", plan.origin, hides_values=True))
         return tree
-    cuts, replicas = (
-        Entry([Entry(count, plan.origin) for count in counts], plan.origin) for counts in (made.cuts, made.replicas)
-    )
-    planned = {
-        "plan": Entry(path, plan.origin),
-        "model": Entry({"cuts": cuts}, plan.origin),
-        "pipeline": Entry({"stages": Entry(len(made.cuts), plan.origin), "replicas": replicas}, plan.origin),
-    }
-    return merge(tree, Entry(planned, tree.origin))
+    stages = {"stages": len(made.cuts), "replicas": list(made.replicas)}
+    pipeline = {**stages, **({"emulated": times} if times else {})}
+    planned = {"plan": path, "model": {"cuts": list(made.cuts)}, "pipeline": pipeline}
+    return merge(tree, Entry({key: _written(value, plan.origin) for key, value in planned.items()}, tree.origin))
+
+
+_PLANNED: tuple[tuple[str, ...], ...] = (("model", "cuts"), ("pipeline", "stages"), ("pipeline", "replicas"))
+_PLANNED_TIMES = tuple(("pipeline", "emulated", name) for name in ("forward_s", "backward_s", "update_s", "rows"))
+
+
+def _entry(tree: Entry, keys: Sequence[str]) -> Entry | None:
+    """What is written at a path, if anything is."""
+    found: Entry | None = tree
+    for key in keys:
+        found = found.value.get(key) if found is not None and isinstance(found.value, dict) else None
+    return found
+
+
+def _written(value: Any, origin: Origin) -> Entry:
+    """A value as if it stood at `origin`."""
+    if isinstance(value, dict):
+        return Entry({key: _written(inner, origin) for key, inner in value.items()}, origin)
+    return Entry([Entry(item, origin) for item in value] if isinstance(value, list) else value, origin)
 
 
 def _without_empty_sections(content: Plain, section: type[Section]) -> Plain:

@@ -1,4 +1,4 @@
-"""What training reads of a plan.json that `pipetrgl plan` wrote: cuts, replicas, and which network they are for."""
+"""What training reads of a plan.json that `pipetrgl plan` wrote: cuts, replicas, for which network, stages' times."""
 
 from __future__ import annotations
 
@@ -61,6 +61,22 @@ def read_plan(path: Path) -> PlannedCuts:
     if len(plan.replicas) != len(plan.cuts) or min(plan.replicas) < 1:
         raise ConfigError(f"'{path}' has {len(plan.cuts)} stages, but replicas {list(plan.replicas)}")
     return plan
+
+
+def planned_times(path: Path) -> dict[str, list[float] | int]:
+    """What the stages of a plan take, as `pipeline.emulated` says it; raises as `read_plan`."""
+    content = plan_content(path)
+    try:
+        stages, accumulate = content["stages"], int(content["terms"]["accumulate"])
+        # a plan's replica has its share of the rows, and a micro-batch its share of the update
+        return {
+            "forward_s": [float(stage["forward_s"]) * int(stage["replicas"]) for stage in stages],
+            "backward_s": [float(stage["backward_s"]) * int(stage["replicas"]) for stage in stages],
+            "update_s": [float(stage["update_s"]) * accumulate for stage in stages],
+            "rows": int(content["rows"]),
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"'{path}' has no times of its stages: {type(error).__name__} {error}") from None
 
 
 def plan_content(path: Path) -> dict[str, Any]:

@@ -309,6 +309,22 @@ class EvaluateConfig(Section):
     """Rows of an evaluation micro-batch."""
 
 
+class EmulatedConfig(Section):
+    """What stages take instead of computing, with pipeline.device: emulated; a number, or a list with one a stage."""
+
+    forward_s: Seconds | list[Seconds] | None = None
+    """Of one micro-batch; a plan sets it."""
+    backward_s: Seconds | list[Seconds] | None = None
+    """Of one micro-batch; a plan sets it."""
+    update_s: Seconds | list[Seconds] = 0.0
+    """Of one optimizer step; a plan sets it."""
+    rows: Positive | None = None
+    """Of the micro-batch that forward_s and backward_s are for, others take less or more; unset: the largest of a full
+    step. A plan sets it."""
+    jitter: Fraction = 0.0
+    """Each micro-batch takes 1 - jitter to 1 + jitter of its time, evenly drawn from the seed."""
+
+
 class PipelineConfig(Section):
     """How many stages, and on what they run."""
 
@@ -319,8 +335,30 @@ class PipelineConfig(Section):
     batch_norm: Literal["local", "synchronised"] = "local"
     """Of a stage with replicas. local: each normalises its own rows, and running statistics are averaged at every
     update; synchronised: with the statistics of all rows, as one worker would."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """cuda gives each local worker one GPU of its node, in rank order."""
+    device: Literal["cpu", "cuda", "emulated"] = "cpu"
+    """cuda gives each local worker one GPU of its node, in rank order; emulated computes nothing, but takes its time:
+    docs/performance.md."""
+    emulated: EmulatedConfig = EmulatedConfig()
+
+    @property
+    def hardware(self) -> Literal["cpu", "cuda"]:
+        """Where the tensors are."""
+        return "cuda" if self.device == "cuda" else "cpu"
+
+    @model_validator(mode="after")
+    def _emulated_where_asked_for(self) -> PipelineConfig:
+        emulated, faults = self.emulated, []
+        if self.device != "emulated":
+            faults = [f"emulated.{name}: only used with device: emulated" for name in sorted(emulated.model_fields_set)]
+        else:
+            for name in ("forward_s", "backward_s", "update_s"):
+                value = getattr(emulated, name)
+                if value is None:
+                    faults.append(f"emulated.{name}: needed with device: emulated; or give a plan, which sets it")
+                elif isinstance(value, list) and len(value) != self.stages:
+                    faults.append(f"emulated.{name}: {len(value)} given; stages = {self.stages} needs one a stage")
+        _raise(faults)
+        return self
 
     @property
     def replica_counts(self) -> tuple[int, ...]:
@@ -548,6 +586,25 @@ class Config(Section):
             f"to {stages - 1}"
             for number, fault in enumerate(self.launcher.faults)
             if fault.stage >= stages
+        ]
+        _raise(faults)
+        return self
+
+    @model_validator(mode="after")
+    def _emulated_stages_hold_nothing(self) -> Config:
+        if self.pipeline.device != "emulated":
+            return self
+        faults = []
+        if self.checkpoint.every > 0:
+            faults.append("checkpoint.every: emulated stages learn nothing that could be saved")
+        if self.checkpoint.resume != "never":
+            faults.append("checkpoint.resume: emulated stages save nothing to go on from")
+        if self.train.on_nonfinite == "skip":
+            faults.append("train.on_nonfinite: emulated stages compute nothing that could be skipped")
+        faults += [
+            f"launcher.faults.{number}.action: emulated stages do not read their input, so nan changes nothing"
+            for number, fault in enumerate(self.launcher.faults)
+            if fault.action == "nan"
         ]
         _raise(faults)
         return self

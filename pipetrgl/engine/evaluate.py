@@ -29,12 +29,14 @@ class Evaluation:
         stage: scored.
         sink: takes the rows.
         on_nonfinite: "stop" raises where the loss is NaN or infinite; "skip" warns, and the row holds null.
+        learns: False for an emulated stage, whose head knows nothing: the row holds null.
     """
 
-    def __init__(self, stage: Stage, sink: Sink, on_nonfinite: str) -> None:
+    def __init__(self, stage: Stage, sink: Sink, on_nonfinite: str, learns: bool = True) -> None:
         self._stage = stage
         self._sink = sink
         self._on_nonfinite = on_nonfinite
+        self._learns = learns
         self._sums: Tensor | None = None
         self._rows = 0
 
@@ -64,12 +66,13 @@ class Evaluation:
             if self._on_nonfinite == "stop":
                 raise DivergedError(f"{text}; lower optim.lr, or raise objective.transport.tau")
             logger.warning("%s; the row holds null", text)
+        known = finite and self._learns
         return {
             "kind": micro_batch.split.label,
             "stage": self._stage.index,
             "step": micro_batch.step,
             "epoch": micro_batch.epoch,
-            "task_loss": loss / rows if finite else None,
-            "accuracy": correct / rows if finite else None,
+            "task_loss": loss / rows if known else None,
+            "accuracy": correct / rows if known else None,
             "num_samples": int(rows),
         }

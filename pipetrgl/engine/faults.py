@@ -65,7 +65,8 @@ class FaultyStage:
         if fault.action not in ("nan", "slow") and not self._first_time(number, fault):
             return micro_batch
         what = f"fault injected: {fault.action} of stage {self.index} at step {micro_batch.step}"
-        logger.warning("%s", what)
+        if micro_batch.step == fault.step:  # of many steps in a row, the first one
+            logger.warning("%s", what)
         match fault.action:
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -1,6 +1,7 @@
 """The metrics hook: means of a stage's losses, accuracy, speed and waits, every n optimizer steps.
 
-Sums stay on the stage's device and are read once a row, so a step never waits for the device.
+Sums stay on the stage's device and are read once a row, so a step never waits for the device. What they are made of is
+kept for a few steps and added up in one go: a dozen small operations after each micro-batch would cost more than that.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ Row = dict[str, Any]
 Sink = Callable[[Row], None]
 
 logger = logging.getLogger(__name__)
+
+_MAX_KEPT = 8
+"""Micro-batches that are kept before they are added up; more only where one step has more."""
 
 NUMBERS = {
     "step": "Optimizer steps that the stage has reported.",
@@ -46,19 +50,22 @@ class TrainMetrics:
         inbox, outbox: whose waits are reported.
         sink: takes the rows.
         every: optimizer steps between rows; the last row of a phase may cover fewer.
+        learns: False for an emulated stage, of which there are times but no means.
     """
 
-    def __init__(self, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink, every: int) -> None:
+    def __init__(self, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink, every: int, learns: bool = True) -> None:
         self._stage = stage
         self._inbox = inbox
         self._outbox = outbox
         self._sink = sink
         self._every = every
+        self._learns = learns
         self._clock = _TrainClock(inbox, outbox)
         self._sums: Tensor | None = None
-        self._cost_names: tuple[str, ...] = ()
         self._rows = 0
-        self._before: tuple[Tensor | None, int] | None = None  # sums and rows when the step at hand began
+        self._cost_names: tuple[str, ...] = ()
+        self._kept: list[_Kept] = []  # not in the sums yet
+        self._num_earlier = 0  # of these, those of steps before the one at hand
         self._skipped = stage.skipped_updates
         self._unwritten = False  # a micro-batch has passed since the last row
         self._step = self._epoch = 0
@@ -69,20 +76,17 @@ class TrainMetrics:
             return
         self._cost_names = output.cost_names
         self._clock.count(micro_batch.num_rows)
-        self._before = self._before or (self._sums, self._rows)
-        loss, rows = output.loss, micro_batch.num_rows
-        target = micro_batch.target.to(output.logits.device)
-        correct = (output.logits.detach().argmax(-1) == target).sum()
-        parts = torch.stack([loss.total.detach(), loss.task, loss.transport, *loss.by_block])
-        sums = torch.cat([parts * rows, correct.to(parts.dtype).view(1)])
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._rows += rows
+        loss = output.loss
+        losses = (loss.total.detach(), loss.task, loss.transport, *loss.by_block)
+        self._kept.append(_Kept(losses, output.logits.detach(), micro_batch.target, micro_batch.num_rows))
         self._step, self._epoch, self._unwritten = micro_batch.step + 1, micro_batch.epoch, True
         if micro_batch.closes_step:
             if self._stage.skipped_updates > self._skipped:
                 self._skipped = self._stage.skipped_updates
-                self._sums, self._rows = self._before  # a step that was skipped is no part of the means
-            self._before = None
+                del self._kept[self._num_earlier :]  # a step that was skipped is no part of the means
+            if len(self._kept) >= _MAX_KEPT:
+                self._add_up()
+            self._num_earlier = len(self._kept)
             if micro_batch.closes_phase or self._step % self._every == 0:
                 self._write()
 
@@ -94,6 +98,7 @@ class TrainMetrics:
 
         Of all replicas together: all of them ask at the same step.
         """
+        self._add_up()
         state: dict[str, Tensor] = {}
         sums, rows = self._sums_of_all()
         if sums is not None:
@@ -119,7 +124,24 @@ class TrainMetrics:
         if "skipped_updates" in state:
             self._skipped = self._stage.skipped_updates = int(state["skipped_updates"])
 
+    def _add_up(self) -> None:
+        """Into the sums, one after another: when that happens changes no bit of them."""
+        if not self._kept:
+            return
+        kept, self._kept, self._num_earlier = self._kept, [], 0
+        logits, target = torch.cat([one.logits for one in kept]), torch.cat([one.target for one in kept])
+        correct = (logits.argmax(-1) == target.to(logits.device, non_blocking=True)).sum()
+        losses = torch.stack([loss for one in kept for loss in one.losses]).view(len(kept), -1)
+        sums = torch.zeros_like(losses[0]) if self._sums is None else self._sums[:-1]
+        for row, one in zip(losses.unbind(), kept, strict=True):
+            sums = sums + row * one.num_rows
+            self._rows += one.num_rows
+        if self._sums is not None:
+            correct = correct + self._sums[-1]
+        self._sums = torch.cat([sums, correct.to(sums.dtype).view(1)])
+
     def _write(self) -> None:
+        self._add_up()
         row = {
             "kind": "train",
             "stage": self._stage.index,
@@ -146,9 +168,9 @@ class TrainMetrics:
         return (torch.tensor(sums, device=self._stage.device) if rows else None), int(rows)
 
     def _means(self) -> Row:
-        """Over the rows since the last row; nothing where every step was skipped."""
+        """Over the rows since the last row; nothing where every step was skipped, or none was learned from."""
         sums, rows = self._sums_of_all()
-        if sums is None:
+        if sums is None or not self._learns:
             nothing: Row = dict.fromkeys(("local_loss", "task_loss", "transport_cost", "accuracy"))
             return nothing | {"transport_cost_by_block": {}}
         local, task, transport, *by_block, correct = (total / rows for total in sums.tolist())
@@ -167,19 +189,31 @@ class TrainMetrics:
         }
 
 
+class _Kept(NamedTuple):
+    """What the means need of one micro-batch; its losses are the local, task and transport one and each block's."""
+
+    losses: tuple[Tensor, ...]
+    logits: Tensor
+    target: Tensor
+    num_rows: int
+
+
 @final
 class _TrainClock:
-    """Time of training micro-batches only, split into computing, waiting for input and waiting to send."""
+    """Time of training micro-batches only, split into computing, waiting for input and waiting to send.
+
+    Its processor time is that of the whole process, every thread of it.
+    """
 
     def __init__(self, inbox: Inbox, outbox: Outbox) -> None:
         self._inbox, self._outbox = inbox, outbox
         self._mark = self._read()
-        self._total = [0.0, 0.0, 0.0, 0.0]  # seconds, inbox wait, outbox wait, images
-        self._at_last_row = [0.0, 0.0, 0.0, 0.0]
+        self._total = [0.0] * 5  # seconds, inbox wait, outbox wait, processor seconds, images
+        self._at_last_row = [0.0] * 5
         self._first = True
 
-    def _read(self) -> tuple[float, float, float]:
-        return time.perf_counter(), self._inbox.waited_s, self._outbox.waited_s
+    def _read(self) -> tuple[float, float, float, float]:
+        return time.perf_counter(), self._inbox.waited_s, self._outbox.waited_s, time.process_time()
 
     def skip(self) -> None:
         self._mark = self._read()
@@ -187,15 +221,15 @@ class _TrainClock:
     def count(self, images: int) -> None:
         now = self._read()
         if not self._first:  # the first micro-batch holds the fill of the pipeline and all warm-up
-            for part in range(3):
+            for part in range(4):
                 self._total[part] += now[part] - self._mark[part]
-            self._total[3] += images
+            self._total[4] += images
         self._first = False
         self._mark = now
 
     def since_last_row(self, replicas: ReplicaGroup) -> Row:
         """Images per second of all replicas together, and the mean of their waits."""
-        seconds, waited, send_waited, images = (
+        seconds, waited, send_waited, _, images = (
             now - then for now, then in zip(self._total, self._at_last_row, strict=True)
         )
         self._at_last_row = list(self._total)
@@ -205,10 +239,11 @@ class _TrainClock:
         return {"images_per_s": rate, "wait_share": share / replicas.num_replicas}
 
     def summary(self, stage: Stage) -> Row:
-        seconds, waited, send_waited, images = self._total
+        """Of all replicas together; times and shares are their means."""
+        seconds, waited, send_waited, cpu, images = self._total
         count = stage.replicas.num_replicas
-        rate, seconds, waited, send_waited, sent_bytes = summed(
-            stage.replicas, [_ratio(images, seconds) or 0.0, seconds, waited, send_waited, self._outbox.sent_bytes]
+        rate, seconds, waited, send_waited, cpu, sent_bytes = summed(
+            stage.replicas, [_ratio(images, seconds) or 0.0, seconds, waited, send_waited, cpu, self._outbox.sent_bytes]
         )
         return {
             "kind": "summary",
@@ -220,6 +255,7 @@ class _TrainClock:
             "wait_share": _ratio(waited, seconds),
             "send_wait_share": _ratio(send_waited, seconds),
             "compute_share": _ratio(seconds - waited - send_waited, seconds),
+            "cpu_s": cpu / count,
             "bytes_sent": int(sent_bytes),
         }
 
@@ -228,8 +264,9 @@ def log_line(row: Row, num_stages: int, num_replicas: int = 1) -> str:
     """A train row as one line: `s1/4 r0/1 step 1200 | local 1.832 (task 1.790, transport 0.041) | ...`."""
     rate = "-" if row["images_per_s"] is None else f"{row['images_per_s']:.0f}"
     wait = "-" if row["wait_share"] is None else f"{100 * row['wait_share']:.0f} %"
-    means = "every update skipped"
-    if row["local_loss"] is not None:
+    if row["local_loss"] is None:
+        means = "every update skipped" if row["skipped_updates"] > 0 else "learns nothing"
+    else:
         more = row["local_loss"] - row["task_loss"]
         term = "transport" if row["weight"] > 0 or more == 0 else "criterion"  # a rival's: may be below 0
         means = (

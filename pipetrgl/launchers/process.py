@@ -27,7 +27,7 @@ from pipetrgl.launchers.accounts import report
 from pipetrgl.launchers.membership import Membership, name_of
 from pipetrgl.launchers.rows import BoardSink, ForwardLogs
 from pipetrgl.launchers.signals import await_release, share_stop, stop_on_signals
-from pipetrgl.launchers.store_links import StoreLinks
+from pipetrgl.launchers.store_links import StoreLinks, replaces_stages
 from pipetrgl.logs import log_to_stderr
 from pipetrgl.worker import Job, run_worker
 
@@ -101,7 +101,7 @@ def serve(run: Path, rank: int, incarnation: int, store: Store, address: str, lo
 
 def device_of(blueprint: Blueprint, local_rank: int) -> torch.device:
     """The CPU, or this worker's GPU of its node."""
-    if blueprint.config.pipeline.device == "cpu":
+    if blueprint.config.pipeline.hardware == "cpu":
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
@@ -122,7 +122,9 @@ def _heartbeat(job: Job, member: Membership, alarm: Alarm) -> Heartbeat:
     neighbours = {*world.senders(place), *world.receivers(place), *world.group(place)} - {place}
     watched = {} if member.supervised else {other.rank: name_of(other) for other in neighbours}
     store, rank = member.store.clone(), member.place.rank
-    heartbeat = Heartbeat(store, rank, watched, channel.heartbeat_s, channel.heartbeat_timeout_s, alarm)
+    # a neighbour that is being replaced is news that everybody waits for; a failure shows as a broken link beforehand
+    look_s = 0.25 if replaces_stages(job.blueprint.config) else 1.0
+    heartbeat = Heartbeat(store, rank, watched, channel.heartbeat_s, look_s, channel.heartbeat_timeout_s, alarm)
     heartbeat.looks.append(functools.partial(share_stop, job.stop))
     return heartbeat
 

@@ -26,7 +26,7 @@ def launch(job: Job, sink: Sink, budget: Budget) -> None:
     blueprint = job.blueprint
     configure_torch(blueprint.config.train)
     codec = CODECS[blueprint.config.channel.codec]
-    device = torch.device(blueprint.config.pipeline.device)
+    device = torch.device(blueprint.config.pipeline.hardware)
     plan = build_plan(blueprint)
     stages = [build_stage(blueprint, index, device) for index in range(blueprint.num_stages)]
     loader = build_loader(job)

@@ -116,5 +116,6 @@ def replaces_stages(config: Config) -> bool:
     Never on a GPU, where NCCL has no way to give up one broken pair, nor where any stage has replicas, which would have
     to open their group again as well: the whole run starts again.
     """
-    launcher, alone = config.launcher, max(config.pipeline.replica_counts) == 1
-    return launcher.restart == "stage" and launcher.max_failures > 0 and config.pipeline.device == "cpu" and alone
+    launcher, pipeline = config.launcher, config.pipeline
+    possible = pipeline.hardware == "cpu" and max(pipeline.replica_counts) == 1
+    return possible and launcher.restart == "stage" and launcher.max_failures > 0

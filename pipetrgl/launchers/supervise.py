@@ -37,6 +37,7 @@ from pipetrgl.world import Place
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
+_POLL_WORKER_S = 0.005  # each look asks the store for every worker's next row
 _GRACE_S = 5.0
 
 
@@ -142,7 +143,7 @@ class Supervisor:
                 self._start(seat)
             while not all(self._has_left(seat) for seat in self._seats):
                 self._look_after_all()
-                time.sleep(_POLL_S)
+                time.sleep(max(_POLL_S, _POLL_WORKER_S * len(self._seats)))
             self._hand_on(self._collector.poll())
         except BaseException as error:
             note = self._account or failure_note(error, Place(-1, -1, 0))

@@ -65,7 +65,7 @@ def launch(job: Job, sink: Sink, budget: Budget) -> None:
     alarm = Alarm()
     links = ThreadLinks(job, alarm)
     lock = threading.Lock()
-    device = torch.device(job.blueprint.config.pipeline.device)
+    device = torch.device(job.blueprint.config.pipeline.hardware)
 
     def locked_sink(row: dict[str, object]) -> None:
         with lock:

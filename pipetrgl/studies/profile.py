@@ -84,7 +84,7 @@ def profile(config: Config, spec: DataSpec, repeats: int) -> Profile:
         unit, activation = _measure(whole, blocks, activation, repeats)
         units.append(unit)
     share = (time.process_time() - processor) / (time.perf_counter() - wall)
-    alone = config.pipeline.device == "cpu" and config.train.threads == 1
+    alone = config.pipeline.hardware == "cpu" and config.train.threads == 1
     return Profile(whole.network.name, _rows(config), tuple(units), share if alone else None)
 
 
@@ -111,7 +111,7 @@ def _rows(config: Config) -> int:
 def _measure(whole: Blueprint, blocks: range, activation: Tensor, repeats: int) -> tuple[UnitCost, Tensor]:
     """The cost of one unit, and what it hands on."""
     config = whole.config
-    device = torch.device(config.pipeline.device)
+    device = torch.device(config.pipeline.hardware)
     specs = [whole.network.blocks[index] for index in blocks]
     shape = whole.shapes[blocks.stop - 1]
     door = BlockSpec("door", "door.", _Door, counted=False)

@@ -17,7 +17,7 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
-from pipetrgl.seeds import numpy_stream
+from pipetrgl.seeds import NUM_DRAWS, jitter_draws
 
 Times = npt.NDArray[np.float64]
 
@@ -95,7 +95,9 @@ def simulate(
     slower = np.ones((num_stages, 1))
     for stage, factor in (stragglers or {}).items():
         slower[stage] = factor
-    drawn = slower * numpy_stream(seed, "simulated jitter").uniform(1 - jitter, 1 + jitter, (num_stages, num_batches))
+    parts = range(-(-num_batches // NUM_DRAWS))
+    draws = [np.concatenate([jitter_draws(seed, k, part) for part in parts])[:num_batches] for k in range(num_stages)]
+    drawn = slower * (1 + jitter * np.stack(draws))
     forward = np.asarray(pipe.forward_s)[:, None] * drawn
     backward = np.asarray(pipe.backward_s)[:, None] * drawn
     link = np.asarray([*pipe.link_s[: num_stages - 1], 0.0])  # what the last stage hands on is taken at once

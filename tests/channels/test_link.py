@@ -112,7 +112,7 @@ def test_a_micro_batch_out_of_order_is_refused() -> None:
 def test_a_header_reads_back_as_written() -> None:
     sent = micro_batch(9, torch.zeros(2, 3))
     sent = dataclasses.replace(sent, split=Split.VALID, epoch=4, closes_split=True, closes_phase=True)
-    header = wire.read(wire.write(sent, [sent.activation], codec=2, run_id=7, words=10), run_id=7)
+    header = wire.read(wire.write(sent, [sent.activation], codec=2, run_id=7, words=10).numpy(), run_id=7)
     assert header.tensors == (wire.TensorSpec((2, 3), torch.float32),)
     assert (header.codec, header.kind) == (2, wire.Kind.DATA)
     flags = ("closes_step", "closes_split", "closes_phase")
@@ -121,7 +121,7 @@ def test_a_header_reads_back_as_written() -> None:
 
 
 def test_a_header_of_another_run_or_version_is_refused() -> None:
-    header = wire.write_end(run_id=7, words=0)
+    header = wire.write_end(run_id=7, words=0).numpy()
     with pytest.raises(LinkError, match="another run"):
         wire.read(header, run_id=8)
     header[0] = 99

@@ -81,7 +81,11 @@ def test_all_problems_come_at_once_in_the_house_form(write: Write) -> None:
         ("optim.betas", "[0.9]", "[0.9] is not allowed; expected a list of 2 numbers of at least 0 and below 1"),
         ("optim.name", "3", "3 is an int; expected one of sgd, adam, adamw"),
         ("optim.name", "adm", "'adm' is not allowed. Did you mean 'adam'? Allowed: adam, adamw, sgd."),
-        ("pipeline", "4", "4 is an int; expected a section with some of: stages, replicas, batch_norm, device"),
+        (
+            "pipeline",
+            "4",
+            "4 is an int; expected a section with some of: stages, replicas, batch_norm, device, emulated",
+        ),
     ],
 )
 def test_a_wrong_value_says_what_was_got_and_what_is_expected(write: Write, key: str, value: str, row: str) -> None:
@@ -171,6 +175,44 @@ def test_rules_over_a_list_of_sections_point_at_the_item(write: Write) -> None:
         "line 3   launcher.faults.0.stage: there is no stage 3; pipeline.stages = 3 has stages 0 to 2"
     ]
     assert len(load(write(text)).launcher.faults) == 2
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "found"),
+    [
+        ("emulated: {jitter: 0.1}", ["line 2   pipeline.emulated.jitter: only used with device: emulated"]),
+        (
+            "device: emulated",
+            [
+                "line 2   pipeline.emulated.forward_s: needed with device: emulated; or give a plan, which sets it",
+                "line 2   pipeline.emulated.backward_s: needed with device: emulated; or give a plan, which sets it",
+            ],
+        ),
+        (
+            "stages: 3, device: emulated, emulated: {forward_s: [1, 2], backward_s: 1}",
+            ["line 2   pipeline.emulated.forward_s: 2 given; stages = 3 needs one a stage"],
+        ),
+    ],
+)
+def test_emulated_stages_need_their_times_and_nobody_else_has_any(
+    write: Write, pipeline: str, found: list[str]
+) -> None:
+    assert rows(write(f"seed: 1\npipeline: {{{pipeline}}}\n")) == found
+
+
+def test_emulated_stages_save_nothing_and_skip_nothing(write: Write) -> None:
+    text = """
+        pipeline: {device: emulated, emulated: {forward_s: 1, backward_s: 2}}
+        train: {on_nonfinite: skip}
+        checkpoint: {every: 5, resume: auto}
+        launcher: {faults: [{stage: 0, step: 1, action: slow}, {stage: 0, step: 1, action: nan}]}
+    """
+    assert rows(write(text)) == [
+        "line 3   train.on_nonfinite: emulated stages compute nothing that could be skipped",
+        "line 4   checkpoint.every: emulated stages learn nothing that could be saved",
+        "line 4   checkpoint.resume: emulated stages save nothing to go on from",
+        "line 5   launcher.faults.1.action: emulated stages do not read their input, so nan changes nothing",
+    ]
 
 
 def test_rules_are_not_judged_while_values_are_missing(write: Write) -> None:

@@ -165,7 +165,7 @@ def test_a_log_line_shows_everything_and_no_number_for_what_is_absent() -> None:
     line = "s1/4 r0/1 step 1200 | local 1.832 (task 1.790, transport 0.042) | head acc 64.3 % | "
     assert log_line(row, 4) == line + "4210 img/s | waited 3 %"
     assert log_line({**row, "images_per_s": None, "wait_share": None}, 4) == line + "- img/s | waited -"
-    skipped = {**row, "local_loss": None, "task_loss": None, "accuracy": None}
+    skipped = {**row, "local_loss": None, "task_loss": None, "accuracy": None, "skipped_updates": 3}
     assert log_line(skipped, 4) == "s1/4 r0/1 step 1200 | every update skipped | 4210 img/s | waited 3 %"
 
 

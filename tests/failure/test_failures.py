@@ -125,7 +125,7 @@ def test_a_lost_store_rings_the_alarm() -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     client = TCPStore("127.0.0.1", store.port, is_master=False)
     alarm = Alarm()
-    heartbeat = Heartbeat(client, 0, {}, 0.05, 1.0, alarm)
+    heartbeat = Heartbeat(client, 0, {}, 0.05, 0.05, 1.0, alarm)
     heartbeat.start()
     del store
     deadline = time.monotonic() + 10
@@ -162,7 +162,7 @@ class SilentStore:
 
 def test_a_silent_store_rings_the_alarm_and_the_neighbours_are_named() -> None:
     store, alarm = SilentStore(), Alarm()
-    heartbeat = Heartbeat(store, 0, {1: "stage 1 (rank 1)"}, 0.05, 0.2, alarm)
+    heartbeat = Heartbeat(store, 0, {1: "stage 1 (rank 1)"}, 0.05, 0.05, 0.2, alarm)
     heartbeat.start()
     deadline = time.monotonic() + 20
     while not alarm.rang and time.monotonic() < deadline:

@@ -159,3 +159,22 @@ def test_the_command_writes_a_plan_that_validate_and_train_follow(config: Path) 
     plan = json.loads((config.parent / "plan.json").read_text())
     shown = pipetrgl(config.parent, "validate", "config.yaml", "plan=plan.json")
     assert shown.stdout.count("\nstage ") == plan["num_stages"] <= 2
+
+
+def test_emulated_stages_take_the_times_of_the_plan(config: Path) -> None:
+    stages = [{"forward_s": k + 1.0, "backward_s": 2.0, "update_s": 0.5, "replicas": 1} for k in range(2)]
+    write_plan(config, stages=stages, rows=16, terms={"accumulate": 2})
+    plan = f"plan={config.parent / 'plan.json'}"
+    emulated = load(config, [plan, "pipeline.device=emulated"]).pipeline.emulated
+    # an update of two micro-batches: a plan says each one's share
+    assert (emulated.forward_s, emulated.backward_s, emulated.update_s) == ([1.0, 2.0], [2.0, 2.0], [1.0, 1.0])
+    assert emulated.rows == 16
+    assert load(config, [plan]).pipeline.emulated.forward_s is None  # a real stage takes what it takes
+    with pytest.raises(ConfigError, match=r"pipeline.emulated.rows: the plan sets it \(.*plan.json\); remove it"):
+        load(config, [plan, "pipeline.device=emulated", "pipeline.emulated.rows=8"])
+
+
+def test_a_plan_without_times_cannot_be_emulated(config: Path) -> None:
+    write_plan(config)
+    with pytest.raises(ConfigError, match="plan: '.*plan.json' has no times of its stages: KeyError"):
+        load(config, [f"plan={config.parent / 'plan.json'}", "pipeline.device=emulated"])
