@@ -1,4 +1,4 @@
-"""The command line: `pipetrgl train`, `validate`, `plan`, `simulate`, `memory`, `study`, `schema` and `report`."""
+"""The command line: `pipetrgl train`, `validate`, `plan`, `simulate`, `bench`, `study`, `memory`, `report` and others."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from pipetrgl.blueprint import Blueprint, draw_up
+from pipetrgl.config.bench import load_bench
 from pipetrgl.config.load import json_schema, load
 from pipetrgl.config.study import load_study
 from pipetrgl.console import Progress, print_result
@@ -25,6 +26,8 @@ from pipetrgl.launchers.signals import stop_on_signals
 from pipetrgl.launchers.start import describe
 from pipetrgl.launchers.start import train as start_training
 from pipetrgl.studies import what_if
+from pipetrgl.studies.bench import run_bench
+from pipetrgl.studies.bench_report import findings, write_bench_report
 from pipetrgl.studies.footprint import footprint, table
 from pipetrgl.studies.peaks import peak_rss, peak_rss_end_to_end
 from pipetrgl.studies.planning import plan_for, planned, summary, to_dict
@@ -32,6 +35,7 @@ from pipetrgl.studies.planning import read as read_plan
 from pipetrgl.studies.report import write_report
 from pipetrgl.studies.study import run_study
 from pipetrgl.studies.study_report import write_answer
+from pipetrgl.studies.turns import measure as take_turns
 
 app = typer.Typer(
     add_completion=False,
@@ -144,15 +148,24 @@ def study(
 
 
 @app.command()
+def bench(file: Annotated[Path, typer.Argument(help="YAML file, see benchmarks/.")]) -> None:
+    """Measure a network on more and more workers, in turns with its peers; see docs/performance.md."""
+    run = run_bench(load_bench(file), take_turns, lambda line: print(line, flush=True))
+    for sentence in findings(json.loads((run / "result.json").read_text(encoding="utf-8"))):
+        print(sentence)
+    print(f"report: {_report_or_reason(run)}")
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a config, for editors."""
     print(json_schema())
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Write report.html of a run, finished or not."""
-    print(write_report(run))
+def report(run: Annotated[Path, typer.Argument(help="Folder of a run or a bench.")]) -> None:
+    """Write report.html of a run or a bench, finished or not."""
+    print(_write_report(run))
 
 
 def outline(blueprint: Blueprint) -> str:
@@ -207,9 +220,13 @@ def _say(line: str) -> None:
     os.write(2, f"{line}\n".encode())  # a handler may interrupt a print, and must not print itself
 
 
+def _write_report(folder: Path) -> Path:
+    return write_bench_report(folder) if (folder / "bench.yaml").is_file() else write_report(folder)
+
+
 def _report_or_reason(run: Path) -> str:
     """A missing plotting library is no reason for a finished training to fail."""
     try:
-        return str(write_report(run))
+        return str(_write_report(run))
     except ConfigError as error:
         return f"not written, {error}"

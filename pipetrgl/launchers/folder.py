@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipetrgl.config.bench import Bench
 from pipetrgl.config.load import config_hash, dump, load
 from pipetrgl.config.schema import Config
 from pipetrgl.engine.checkpoint import MANIFEST, Checkpoint, newest_complete, write_atomically
@@ -81,19 +82,36 @@ def make_run_folder(config: Config) -> Path:
     time = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
     name, text = _folder_name(config.run.name, time, config), dump(config)
     try:
-        for attempt in range(1000):
-            run = Path(config.run.folder).absolute() / (name if attempt == 0 else f"{name}-{attempt}")
-            try:
-                run.mkdir(parents=True)
-                break
-            except FileExistsError:
-                if run.parent.is_dir():
-                    continue
-                raise
-        write_atomically(run / "config.yaml", text.encode())
-        write_atomically(run / "env.json", json.dumps(environment(), indent=2).encode())
+        return _new_folder(Path(config.run.folder), name, "config.yaml", text)
     except OSError as error:
         raise ConfigError(f"run.folder: cannot write to '{config.run.folder}': {error.strerror}") from error
+
+
+def make_bench_folder(bench: Bench) -> Path:
+    """`runs/<name>-<UTC>-<hash4>` with the resolved bench and the environment; never an existing folder.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    time = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
+    try:
+        return _new_folder(Path(bench.folder), f"{bench.name}-{time}-{bench.hash[:4]}", "bench.yaml", bench.text)
+    except OSError as error:
+        raise ConfigError(f"folder: cannot write to '{bench.folder}': {error.strerror}") from error
+
+
+def _new_folder(parent: Path, name: str, file: str, text: str) -> Path:
+    for attempt in range(1000):
+        run = parent.absolute() / (name if attempt == 0 else f"{name}-{attempt}")
+        try:
+            run.mkdir(parents=True)
+            break
+        except FileExistsError:
+            if run.parent.is_dir():
+                continue
+            raise
+    write_atomically(run / file, text.encode())
+    write_atomically(run / "env.json", json.dumps(environment(), indent=2).encode())
     return run
 
 

@@ -76,17 +76,23 @@ class PlannedStage:
         return max(self.compute_s, self.link_s)
 
 
-def plan(units: Sequence[UnitCost], terms: Terms) -> tuple[PlannedStage, ...]:
+def plan(units: Sequence[UnitCost], terms: Terms, use_all: bool = False) -> tuple[PlannedStage, ...]:
     """The stages whose slowest is fastest; among equals the fewest workers, then the earliest last cut.
 
+    Args:
+        units: in forward order.
+        terms: workers, link and limits.
+        use_all: have every worker do something, also where fewer would be as fast.
     Raises:
         ConfigError: no cuts fit the memory limit; says which limit they would fit.
     """
     price = Pricing(units, terms)
     limit = math.inf if terms.memory_bytes is None else terms.memory_bytes
-    stages = _best(len(units), terms, price.stage, lambda s: s.period_s if s.memory_bytes <= limit else math.inf)
+    counts = range(terms.workers if use_all else 1, terms.workers + 1)
+    within = lambda stage: stage.period_s if stage.memory_bytes <= limit else math.inf  # noqa: E731
+    stages = _best(len(units), terms, price.stage, within, counts)
     if stages is None:
-        smallest = _best(len(units), terms, price.stage, lambda stage: stage.memory_bytes)
+        smallest = _best(len(units), terms, price.stage, lambda stage: stage.memory_bytes, counts)
         assert smallest is not None
         needed = max(stage.memory_bytes for stage in smallest)
         raise ConfigError(
@@ -135,8 +141,8 @@ Price = Callable[[int, int, int], PlannedStage]
 Value = Callable[[PlannedStage], float]
 
 
-def _best(num_units: int, terms: Terms, price: Price, value: Value) -> tuple[PlannedStage, ...] | None:
-    """The stages whose largest value is smallest, on at most `terms.workers` workers; None if it is infinite."""
+def _best(num_units: int, terms: Terms, price: Price, value: Value, counts: range) -> tuple[PlannedStage, ...] | None:
+    """The stages whose largest value is smallest, on one of `counts` workers; None if it is infinite."""
     workers = terms.workers
     replicas = range(1, min(terms.max_replicas, workers) + 1)
     worst = [[math.inf] * (workers + 1) for _ in range(num_units + 1)]  # worst[i][w]: first i units on w workers
@@ -151,7 +157,7 @@ def _best(num_units: int, terms: Terms, price: Price, value: Value) -> tuple[Pla
                     slowest = max(worst[first][used - count], own)
                     if slowest < worst[stop][used]:
                         worst[stop][used], last[stop, used] = slowest, stage
-    used = min(range(1, workers + 1), key=lambda count: worst[num_units][count])
+    used = min(counts, key=lambda count: worst[num_units][count])
     if worst[num_units][used] == math.inf:
         return None
     stages: list[PlannedStage] = []

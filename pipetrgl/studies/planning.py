@@ -77,9 +77,9 @@ class Plan:
         return units[stage.first].blocks[0], units[stage.stop - 1].blocks[-1]
 
 
-def make_plan(profile: Profile, terms: Terms) -> Plan:
-    """The best plan; raises as `planner.plan`."""
-    return Plan(profile, terms, plan(profile.units, terms))
+def make_plan(profile: Profile, terms: Terms, use_all: bool = False) -> Plan:
+    """The best plan; arguments and errors as of `planner.plan`."""
+    return Plan(profile, terms, plan(profile.units, terms, use_all))
 
 
 def plan_for(

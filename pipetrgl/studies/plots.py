@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import html
 import io
-import itertools
 import math
 import re
 import statistics
@@ -18,20 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
-Span = tuple[float, float]
 P = ParamSpec("P")
 R = TypeVar("R")
 
 INK = "#1d2129"
 HIGHLIGHT = "#c2410c"
-PHASE_COLOURS = {  # Okabe and Ito's palette; waiting is nearly the paper, for nothing happens in it
-    "forward": "#7cc4ee",
-    "backward": "#0072b2",
-    "update": "#009e73",
-    "other work": "#6b7280",
-    "send": "#e69f00",
-    "wait": "#e7e9ed",
-}
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
@@ -113,7 +103,7 @@ def accuracy_by_stage(rows: Sequence[Row], num_stages: int) -> Figure | None:
     valid, test = evaluations(rows, "valid"), evaluations(rows, "test")
     if num_stages == 1 or not (valid or test):
         return None
-    figure, axes = _canvas(NARROW, HEIGHT)
+    figure, axes = canvas(NARROW, HEIGHT)
     shown = _spread(list(valid), 5)
     for place, step in enumerate(shown):
         strength = (place + 1) / len(shown)
@@ -159,7 +149,7 @@ def accuracy_over_steps(rows: Sequence[Row], num_stages: int) -> Figure | None:
     for step, heads in valid.items():
         for stage, accuracy in heads.items():
             series[stage].append((step, 100 * accuracy))
-    figure, axes = _canvas(NARROW, HEIGHT)
+    figure, axes = canvas(NARROW, HEIGHT)
     _stage_lines(figure, axes, series, num_stages, marker="o" if len(valid) <= 40 else "")
     axes.set_ylabel("validation accuracy (%)")
     return figure
@@ -181,7 +171,7 @@ def training_curve(rows: Sequence[Row], num_stages: int, key: str, label: str, s
         stage: _thinned([(float(step), scale * statistics.fmean(replicas)) for step, replicas in sorted(steps.items())])
         for stage, steps in sorted(measured.items())
     }
-    figure, axes = _canvas(NARROW, HEIGHT)
+    figure, axes = canvas(NARROW, HEIGHT)
     _stage_lines(figure, axes, series, num_stages)
     values = [value for points in series.values() for _, value in points if math.isfinite(value)]
     if scale == 1 and values and min(values) > 0 and max(values) > 20 * min(values):
@@ -207,7 +197,7 @@ def transport_by_block(stages: Sequence[Row], num_stages: int) -> Figure | None:
     owners = list(dict.fromkeys(owner for owner, _, _ in blocks))
     # Half a bar of air between two stages shows where the network is cut.
     places = [index + 0.5 * owners.index(owner) for index, (owner, _, _) in enumerate(blocks)]
-    figure, axes = _canvas(NARROW, HEIGHT)
+    figure, axes = canvas(NARROW, HEIGHT)
     axes.bar(places, [cost for _, _, cost in blocks], width=0.8, color=[colours[owner] for owner, _, _ in blocks])
     if len(blocks) <= 12:
         for place, (_, _, cost) in zip(places, blocks, strict=True):
@@ -220,60 +210,6 @@ def transport_by_block(stages: Sequence[Row], num_stages: int) -> Figure | None:
     axes.set_ylabel("transport cost of the block")
     _stage_legend(figure, owners, num_stages, line=False)
     return figure
-
-
-@styled
-def timeline(events: Sequence[Row], num_stages: int) -> tuple[Figure, int | None] | None:
-    """A window of a few micro-batches, one row a worker.
-
-    Returns:
-        The figure and the index of the outlined micro-batch (None: spans carry no index); None without spans.
-    """
-    spans = [event for event in events if event.get("ph") == "X" and event["dur"] > 0]
-    if not spans:
-        return None
-    names = {
-        event["pid"]: str(event["args"]["name"])
-        for event in events
-        if event.get("ph") == "M" and event.get("name") == "process_name"
-    }
-    (start, end), chosen = _window(spans)
-    workers = sorted({event["pid"] for event in spans})
-    row_of = {worker: row for row, worker in enumerate(workers)}
-    figure, axes = _canvas(WIDE, 1.0 + (0.42 if len(workers) <= 8 else 0.3) * len(workers))
-    axes.grid(False)
-    bars: dict[tuple[str, int], list[Span]] = defaultdict(list)
-    for event in spans:
-        first, last = _interval(event)
-        if first < end and last > start:
-            bars[_phase(event), event["pid"]].append((max(first, start), min(last, end)))
-    for phase, colour in reversed(PHASE_COLOURS.items()):
-        for worker in workers:
-            pieces = [((first - start) / 1e3, (last - first) / 1e3) for first, last in bars.get((phase, worker), [])]
-            if pieces:
-                edge = "white" if phase != "wait" else "none"
-                axes.broken_barh(pieces, (row_of[worker] - 0.39, 0.78), facecolor=colour, edgecolor=edge, linewidth=0.4)
-    _number_forwards(axes, spans, row_of, (start, end))
-    if chosen is not None:
-        _outline(axes, spans, row_of, (start, end), chosen)
-    colours = stage_colours(num_stages)
-    for worker in workers:
-        computing = [span for (phase, who), some in bars.items() if who == worker and _computes(phase) for span in some]
-        idle = 1 - _covered(computing) / (end - start)
-        beside = axes.get_yaxis_transform()
-        axes.text(1.008, row_of[worker], f"idle {100 * idle:.0f} %", fontsize=8.5, va="center", transform=beside)
-        stage = re.match(r"stage (\d+)", names.get(worker, ""))
-        if stage and int(stage[1]) < num_stages:
-            look: dict[str, Any] = {"marker": "s", "markersize": 7, "color": colours[int(stage[1])]}
-            axes.plot([-0.009], [row_of[worker]], clip_on=False, transform=beside, **look)
-    axes.set_yticks(range(len(workers)), [names.get(worker, f"rank {worker}") for worker in workers])
-    axes.tick_params(axis="y", length=0, pad=15)
-    axes.spines["left"].set_visible(False)
-    axes.set_ylim(len(workers) - 0.5, -0.5)
-    axes.set_xlim(0, (end - start) / 1e3)
-    axes.set_xlabel("time in the window (ms)")
-    _phase_legend(figure, {phase for phase, _ in bars})
-    return figure, chosen
 
 
 @styled
@@ -296,7 +232,8 @@ def png(figure: Figure) -> bytes:
     return data.getvalue()
 
 
-def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty figure, in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -373,109 +310,3 @@ def _stage_legend(figure: Figure, stages: Sequence[int], num_stages: int, line: 
         columnspacing=0.6 if crowded else 0.9,
         borderaxespad=0.2,
     )
-
-
-def _phase_legend(figure: Figure, phases: set[str]) -> None:
-    from matplotlib.patches import Patch
-
-    shown = [phase for phase in PHASE_COLOURS if phase in phases]
-    figure.legend(
-        [Patch(facecolor=PHASE_COLOURS[phase]) for phase in shown],
-        shown,
-        loc="outside upper left",
-        ncols=len(shown),
-        handlelength=1.1,
-        handleheight=0.9,
-    )
-
-
-def _interval(event: Row) -> Span:
-    return float(event["ts"]), float(event["ts"]) + float(event["dur"])
-
-
-def _index(event: Row) -> int | None:
-    index: int | None = (event.get("args") or {}).get("index")
-    return index
-
-
-def _phase(event: Row) -> str:
-    if event.get("cat") in ("send", "wait"):
-        return str(event["cat"])
-    return event["name"] if event["name"] in ("forward", "backward", "update") else "other work"
-
-
-def _computes(phase: str) -> bool:
-    return phase not in ("send", "wait")
-
-
-def _covered(spans: Iterable[Span]) -> float:
-    """Length of the union of the spans."""
-    total, reached = 0.0, float("-inf")
-    for first, last in sorted(spans):
-        total += max(0.0, last - max(first, reached))
-        reached = max(reached, last)
-    return total
-
-
-def _window(spans: Sequence[Row]) -> tuple[Span, int | None]:
-    """The stretch in which one micro-batch, from the middle of the trace, passes all stages; 4 to 12 periods of it."""
-    whole = min(_interval(event)[0] for event in spans), max(_interval(event)[1] for event in spans)
-    starts: dict[Any, list[float]] = defaultdict(list)
-    forwards: dict[int, set[Any]] = defaultdict(set)
-    trained: set[int] = set()
-    for event in spans:
-        index = _index(event)
-        if event["name"] == "forward":
-            starts[event["pid"]].append(float(event["ts"]))
-            if index is not None:
-                forwards[index].add(event["pid"])
-        elif event["name"] == "backward" and index is not None:
-            trained.add(index)
-    gaps = [second - first for some in starts.values() for first, second in itertools.pairwise(sorted(some))]
-    if not gaps or not forwards:
-        return whole, None
-    period = statistics.median(gaps)
-    widest = max(len(workers) for workers in forwards.values())
-    complete = sorted(index for index, workers in forwards.items() if len(workers) == widest)
-    candidates = [index for index in complete if index in trained] or complete
-    chosen = candidates[len(candidates) // 2]
-    path = [_interval(event) for event in spans if _index(event) == chosen and _computes(_phase(event))]
-    first, last = min(start for start, _ in path), max(end for _, end in path)
-    length = min(max(last - first, 4 * period), 12 * period)
-    start = max(first - 0.5 * period, whole[0])
-    return (start, min(start + length + period, whole[1])), chosen
-
-
-def _number_forwards(axes: Axes, spans: Sequence[Row], row_of: Mapping[Any, int], window: Span) -> None:
-    """The micro-batch's index on every forward box that is wide enough for it."""
-    start, end = window
-    for event in spans:
-        first, last = _interval(event)
-        index = _index(event)
-        if event["name"] != "forward" or index is None or first < start or last > end:
-            continue
-        digits = (0.05 + 0.065 * len(str(index))) * (end - start) / (WIDE - 2.2)  # inches of paper, as time
-        if last - first > digits:
-            middle = ((first + last) / 2 - start) / 1e3
-            axes.text(middle, row_of[event["pid"]], str(index), fontsize=7, ha="center", va="center")
-
-
-def _outline(axes: Axes, spans: Sequence[Row], row_of: Mapping[Any, int], window: Span, chosen: int) -> None:
-    """A frame around each span of one micro-batch's computing, and a line from each stage's forward to the next's."""
-    from matplotlib.patches import Rectangle
-
-    start, end = window
-    stops: list[tuple[float, float, int]] = []
-    for event in spans:
-        first, last = _interval(event)
-        if _index(event) != chosen or event["name"] not in ("forward", "backward") or last <= start or first >= end:
-            continue
-        left, right, row = (max(first, start) - start) / 1e3, (min(last, end) - start) / 1e3, row_of[event["pid"]]
-        frame = Rectangle((left, row - 0.39), right - left, 0.78, fill=False, edgecolor=INK, linewidth=1.3, zorder=4)
-        axes.add_patch(frame)
-        if event["name"] == "forward":
-            stops.append((left, right, row))
-    stops.sort()
-    for (_, left, upper), (right, _, lower) in itertools.pairwise(stops):
-        if lower == upper + 1 and right >= left:  # replicas of a stage overlap in time; they hand nothing on
-            axes.plot([left, right], [upper + 0.39, lower - 0.39], color=INK, linewidth=1.0, zorder=4)

@@ -14,6 +14,7 @@ import yaml
 
 from pipetrgl.errors import ConfigError
 from pipetrgl.studies import diagnostics, plots
+from pipetrgl.studies.timeline import timeline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -314,7 +315,7 @@ def _unfinished(name: str, config: Mapping[str, Any], rows: Sequence[Mapping[str
 def _panels(record: RunRecord) -> list[Panel]:
     rows, result = record.rows, record.result
     num_stages = record.num_stages
-    drawn = plots.timeline(record.events, num_stages)
+    drawn = timeline(record.events, num_stages)
     outlined = drawn[1] if drawn else None
     path = "" if outlined is None else f" Outlined: micro-batch {outlined} on its way through the stages."
     no_valid = "No validation has been recorded yet."
