@@ -1,4 +1,4 @@
-"""The command line: `pipetrgl train`, `validate`, `plan`, `simulate`, `bench`, `study`, `memory`, `report`, `schema`."""
+"""The command line, one function a command: train, validate, plan, simulate, bench, study, memory, report, schema."""
 
 from __future__ import annotations
 
