@@ -16,10 +16,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
-from benchmarks.two_workers import CONFIG, prepared
+from benchmarks.two_workers import CONFIG
 from pipetrgl.blueprint import draw_up
 from pipetrgl.config.load import load
 from pipetrgl.launchers.environment import environment
@@ -27,7 +28,8 @@ from pipetrgl.launchers.start import describe
 from pipetrgl.microbatch import MicroBatch
 from pipetrgl.stage import Stage
 from pipetrgl.studies.footprint import count_at
-from pipetrgl.worker import build_stage, configure_torch
+from pipetrgl.studies.stage_turns import InMemory
+from pipetrgl.worker import Job, build_stage, configure_torch
 
 NETWORK = ["model.depth=20", "model.cuts=even", "pipeline.stages=3"]
 STAGE = 1
@@ -61,7 +63,8 @@ def contender(options: list[str]) -> Contender:
     config = load(CONFIG, [*NETWORK, *options])
     configure_torch(config.train)
     blueprint = draw_up(config, describe(config))
-    stage, stream = build_stage(blueprint, STAGE, torch.device("cpu")), prepared(blueprint, STAGE)
+    stage = build_stage(blueprint, STAGE, torch.device("cpu"))
+    stream = iter(InMemory(Job(blueprint, Path(), {}), STAGE))
     start = time.perf_counter()
     take_step(stage, next(stream))
     take_step(stage, next(stream))
