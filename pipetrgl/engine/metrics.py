@@ -26,7 +26,7 @@ Sink = Callable[[Row], None]
 
 logger = logging.getLogger(__name__)
 
-_MAX_KEPT = 8
+_MAX_KEPT = 16
 """Micro-batches that are kept before they are added up; more only where one step has more."""
 
 NUMBERS = {
