@@ -43,6 +43,8 @@ def config_of(folder: Path, workers: int, stage_ms: float, num_steps: int) -> Co
             "device": "emulated",
             "emulated": {"forward_s": stage_ms / 3e3, "backward_s": stage_ms / 1.5e3},
         },
+        # two processors import torch for up to 64 processes
+        "channel": {"start_timeout_s": 600.0, "heartbeat_timeout_s": 120.0},
         "run": {"folder": str(folder), "report": False},
     }
     return Config.model_validate(content)
