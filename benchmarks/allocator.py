@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.two_workers import CONFIG
 from pipetrgl.blueprint import draw_up
 from pipetrgl.config.load import load
 from pipetrgl.launchers.environment import environment
@@ -25,6 +24,8 @@ from pipetrgl.launchers.start import describe
 from pipetrgl.memory import peak_rss_bytes
 from pipetrgl.studies.stage_turns import InMemory
 from pipetrgl.worker import Job, build_stage, configure_torch
+
+CONFIG = Path(__file__).with_name("two_workers.yaml")
 
 NUM_STEPS = 15
 

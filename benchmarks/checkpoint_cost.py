@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.two_workers import CONFIG
 from pipetrgl.blueprint import draw_up
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.board import Board
@@ -37,6 +36,8 @@ from pipetrgl.microbatch import MicroBatch
 from pipetrgl.stage import StageOutput
 from pipetrgl.studies.stage_turns import Portions, StaysOpen
 from pipetrgl.worker import Job, build_hooks, build_loader, build_stage, build_trainee, configure_torch
+
+CONFIG = Path(__file__).with_name("two_workers.yaml")
 
 NUM_BATCHES = 42
 FILL = 2

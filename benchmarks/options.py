@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.two_workers import CONFIG
 from pipetrgl.blueprint import draw_up
 from pipetrgl.config.load import load
 from pipetrgl.launchers.environment import environment
@@ -30,6 +29,8 @@ from pipetrgl.stage import Stage
 from pipetrgl.studies.footprint import count_at
 from pipetrgl.studies.stage_turns import InMemory
 from pipetrgl.worker import Job, build_stage, configure_torch
+
+CONFIG = Path(__file__).with_name("two_workers.yaml")
 
 NETWORK = ["model.depth=20", "model.cuts=even", "pipeline.stages=3"]
 STAGE = 1

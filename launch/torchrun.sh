@@ -4,7 +4,7 @@
 #   one machine:     launch/torchrun.sh configs/quickstart.yaml
 #   several:         NNODES=2 NPROC=2 RDZV=head-node:29400 launch/torchrun.sh configs/quickstart.yaml   (on every node)
 #
-# NNODES x NPROC must be pipeline.stages. Further arguments are key=value overrides. MAX_RESTARTS=3 starts all workers
+# NNODES x NPROC must be the number of workers (pipeline.stages, or its replicas summed). Further arguments are key=value overrides. MAX_RESTARTS=3 starts all workers
 # again after a failure, from the newest complete checkpoint.
 # SIGTERM, SIGINT or SIGUSR1 ask every worker to stop at a step boundary; SIGKILL follows SHUTDOWN_S seconds later.
 # torchrun itself then ends with exit code 1, whatever its workers' codes were.

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from pipetrgl.channels.contracts import ReplicaGroup, Sum
 
-BUCKET_BYTES = 4 * 2**20
+MAX_BUCKET_BYTES, MIN_BUCKET_BYTES = 4 * 2**20, 64 * 2**10
+NUM_BUCKETS = 4
+"""At the least, for only what comes before the last one travels beside the backward pass; small ones cost latency."""
 
 
 class GradientSum(Protocol):
@@ -48,8 +50,9 @@ class BucketedSum:
         group: of two or more.
         parameters: in the order of the forward pass.
         statistics: buffers that each replica has of its own rows, and that become their mean at every update.
-        overlap: add a bucket up as soon as it is full; else all of them in `finish`.
-        bucket_bytes: a bucket is closed when it holds at least so much.
+        overlap: add a bucket up as soon as it is full, and the statistics when the backward pass begins; else all in
+            `finish`.
+        bucket_bytes: a bucket is closed when it holds at least so much; None: by the size of all.
     """
 
     def __init__(
@@ -58,10 +61,15 @@ class BucketedSum:
         parameters: Sequence[nn.Parameter],
         statistics: Sequence[Tensor],
         overlap: bool = True,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
     ) -> None:
         self._group = group
         self._statistics = tuple(statistics)
+        self._means: tuple[Tensor, Sum] | None = None  # of the statistics, on their way
+        self._overlap = overlap
+        if bucket_bytes is None:
+            share = sum(parameter.nbytes for parameter in parameters) // NUM_BUCKETS
+            bucket_bytes = min(max(share, MIN_BUCKET_BYTES), MAX_BUCKET_BYTES)
         self._buckets = [_Bucket(part) for part in _portions(list(reversed(parameters)), bucket_bytes)]
         self._next = 0  # bucket to be added up: always in this order, whichever is full first
         self._armed = False
@@ -72,18 +80,23 @@ class BucketedSum:
 
     def arm(self) -> None:
         self._armed = True
+        if self._overlap:
+            self._start_means()
 
     def finish(self) -> None:
         self._armed = False
+        if self._means is None:
+            self._start_means()
         while self._next < len(self._buckets):
             self._start_next()
         for bucket in self._buckets:
             bucket.complete()
         self._next = 0
-        if self._statistics:
-            total = torch.cat([buffer.reshape(-1) for buffer in self._statistics])
-            self._group.start_sum(total).wait()
+        if self._means is not None:
+            total, work = self._means
+            work.wait()
             _scatter(total / self._group.num_replicas, self._statistics)
+            self._means = None
 
     def ready(self, bucket: _Bucket) -> None:
         """One more gradient of the bucket is complete on this replica."""
@@ -92,6 +105,11 @@ class BucketedSum:
         bucket.missing -= 1
         while self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
             self._start_next()
+
+    def _start_means(self) -> None:
+        if self._statistics:
+            total = torch.cat([buffer.reshape(-1) for buffer in self._statistics])
+            self._means = total, self._group.start_sum(total)
 
     def _start_next(self) -> None:
         self._buckets[self._next].start(self._group)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import final
 
 import torch
@@ -105,9 +106,6 @@ class EmulatedStage:
         self._passed = LocalLoss(zero, zero, zero, ())
         self._trained = LocalLoss(torch.zeros((), requires_grad=True), zero, zero, ())
         self._drawn = 1.0
-        if stage.replicas.num_replicas > 1:  # a replica group adds up as many bytes as it would, at the step's end
-            for _, parameter in stage.named_parameters():
-                parameter.grad = torch.zeros_like(parameter)
 
     @property
     def index(self) -> int:
@@ -123,7 +121,17 @@ class EmulatedStage:
         return self._outputs[rows, train]
 
     def backward(self, output: StageOutput, micro_batch: MicroBatch) -> None:
-        self._device.take(self._times.backward_s * micro_batch.num_rows * self._drawn)
+        seconds = self._times.backward_s * micro_batch.num_rows * self._drawn
+        if self._stage.replicas.num_replicas == 1:
+            self._device.take(seconds)
+            return
+        # a replica group adds up as many bytes as it would; half-way through, the gradients are there on average
+        self._device.take(seconds / 2)
+        began = time.perf_counter()
+        zero = torch.stack([(0 * parameter).sum() for _, parameter in self._stage.named_parameters()]).sum()
+        self._stage.backward(replace(output, loss=replace(output.loss, total=zero)), micro_batch)
+        # what making those zeros took is part of the emulated computation
+        self._device.take(max(0.0, seconds / 2 - (time.perf_counter() - began)))
 
     def update(self) -> None:
         self._stage.complete_gradients()

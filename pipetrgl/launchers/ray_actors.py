@@ -1,6 +1,6 @@
 """The ray launcher: one actor a worker in a placement group; Ray places and watches, this driver supervises.
 
-    driver (supervisor, store, metrics) ──▶ placement group: [bundle 0: actor, stage 0] [bundle 1: actor, stage 1] ..
+    driver (supervisor, store, metrics) ──▶ placement group: [bundle 0: actor, rank 0] [bundle 1: actor, rank 1] ..
 
 Activations travel over the same torch.distributed links as everywhere, never through Ray's object store.
 """
@@ -150,6 +150,11 @@ class _Actors:
         return bool(ready)
 
 
+def stages_of_workers(config: Config) -> list[int]:
+    """The stage of every rank."""
+    return [stage for stage, count in enumerate(config.pipeline.replica_counts) for _ in range(count)]
+
+
 def bundle(config: Config, stage: int) -> dict[str, float]:
     """What the worker of a stage takes from its node, in Ray's names."""
     wants = config.launcher.ray
@@ -166,7 +171,7 @@ def _placed(config: Config) -> Iterator[PlacementGroup]:
     Raises:
         LaunchError: none after `channel.start_timeout_s`; says what was wanted and what there is.
     """
-    stages = range(config.pipeline.stages)
+    stages = stages_of_workers(config)
     bundles = [bundle(config, stage) for stage in stages]
     labels: list[dict[str, str]] = [_of_stage(config.launcher.ray.labels, stage) for stage in stages]
     selector = {"bundle_label_selector": labels} if any(labels) else {}
@@ -229,7 +234,7 @@ def _session_at(address: str) -> Iterator[dict[str, Any]]:
 def _own_session(config: Config) -> Iterator[dict[str, Any]]:
     """Options of `ray.init` for a small Ray on this machine that leaves nothing behind, also no token in ~/.ray."""
     totals: dict[str, float] = {}
-    for stage in range(config.pipeline.stages):
+    for stage in stages_of_workers(config):
         for name, amount in bundle(config, stage).items():
             totals[name] = totals.get(name, 0.0) + amount
     # the stages may share cores, as with the local launcher

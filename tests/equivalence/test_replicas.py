@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from pipetrgl.config.load import ConfigError, load
-from pipetrgl.errors import DataError
+from pipetrgl.config.load import dump, load
+from pipetrgl.errors import ConfigError, DataError
 from tests.equivalence.runs import assert_equal_runs, metrics, run, tiny, weights
 
 # few updates at a small rate, for rounding errors grow with every step
@@ -88,6 +91,20 @@ def test_processes_and_threads_agree_bit_for_bit_with_two_replicas(tmp_path: Pat
     result = json.loads((local / "result.json").read_text())
     assert [len(stage["replicas"]) for stage in result["stages"]] == [2, 1]
     assert len({worker["pid"] for stage in result["stages"] for worker in stage["replicas"]}) == 3
+
+
+def test_ranks_of_torchrun_may_be_replicas(tmp_path: Path) -> None:
+    pipeline = {"stages": 2, "replicas": [1, 2]}
+    threads = run(tiny("resnet", tmp_path / "t", launcher={"name": "threads"}, pipeline=pipeline, **SHORT))
+    (tmp_path / "config.yaml").write_text(dump(tiny("resnet", tmp_path / "runs", pipeline=pipeline, **SHORT)))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    script = Path(__file__).resolve().parents[2] / "launch" / "torchrun.sh"
+    subprocess.run(
+        [str(script), "config.yaml"], env={**os.environ, "NPROC": "3", "PATH": path}, cwd=tmp_path, check=True,
+        capture_output=True, timeout=180,
+    )  # fmt: skip
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert_equal_runs(folder, threads)
 
 
 def test_a_multiplier_is_the_same_on_all_replicas(tmp_path: Path) -> None:

@@ -62,6 +62,17 @@ def test_on_ray_a_killed_actor_is_replaced_alone_and_nothing_is_left_behind(star
     assert traces_of(pipeline.process.pid) == set()
 
 
+def test_on_ray_actors_may_be_replicas(start: Start, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {
+        "pipeline": {"stages": 2, "replicas": [1, 2]}, "train": {"max_steps": 20, "drop_last": True},
+        "evaluate": {"batch": 8},
+    }  # fmt: skip
+    pipeline = start("launcher=ray", **sections)
+    assert pipeline.finish()[0] == 0
+    threads = run(tiny("mlp", tmp_path / "threads", launcher={"name": "threads"}, **sections))
+    assert_equal_runs(pipeline.run, threads)
+
+
 def test_on_ray_two_neighbours_that_die_together_start_the_whole_run_again(start: Start, undisturbed: Path) -> None:
     pipeline = start("launcher=ray", "launcher.max_failures=3", **FOUR)
     pipeline.wait_for_step(60, stage=3)
