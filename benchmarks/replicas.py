@@ -57,7 +57,9 @@ def share_of_ideal(replicas: tuple[int, ...], num_steps: int) -> float:
 
 def main(num_steps: int, rounds: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    print(f"# {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {num_steps} micro-batches a run, stages {STAGE_S} s")
+    print(
+        f"# {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {num_steps} micro-batches a run, stages {STAGE_S} s"
+    )
     print(f"# {json.dumps({key: value for key, value in environment().items() if key != 'command'})}", flush=True)
     shares: dict[tuple[int, ...], list[float]] = {replicas: [] for replicas in IDEAL_S}
     for number in range(rounds):
