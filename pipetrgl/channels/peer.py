@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -205,17 +204,21 @@ class Peer:
 
     def _lead_clock(self, group: ProcessGroup) -> None:
         """Ping, and tell the receiver how far its clock is from rank 0's: the reading of the shortest round trip."""
-        best = (float("inf"), 0.0)
-        what = f"a ping to {self._name}"
-        for _ in range(_ROUNDS):
+
+        def ping() -> None:
+            best = (float("inf"), 0.0)
             theirs = torch.zeros(1, dtype=torch.float64)
-            start = time.perf_counter()
-            self._finish(functools.partial(_exchange, group, theirs), what)
-            end = time.perf_counter()
-            middle = (start + end) / 2 + self._site.clock.offset_s
-            best = min(best, (end - start, middle - float(theirs)))
-        offset = torch.tensor([best[1]], dtype=torch.float64)
-        self._finish(lambda: group.send([offset], RECEIVER, _CLOCK_TAG).wait(FOREVER), what)
+            for _ in range(_ROUNDS):
+                start = time.perf_counter()
+                _exchange(group, theirs)
+                end = time.perf_counter()
+                middle = (start + end) / 2 + self._site.clock.offset_s
+                best = min(best, (end - start, middle - float(theirs)))
+            offset = torch.tensor([best[1]], dtype=torch.float64)
+            group.send([offset], RECEIVER, _CLOCK_TAG).wait(FOREVER)
+
+        # all in one thread: to start one for each ping would be a part of the round trip
+        self._finish(ping, f"a ping to {self._name}")
 
     def _follow_clock(self, group: ProcessGroup) -> None:
         ping, offset = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
