@@ -23,7 +23,6 @@ import torch
 from pipetrgl.blueprint import draw_up
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.board import Board
-from pipetrgl.channels.contracts import NullOutbox
 from pipetrgl.config.load import load
 from pipetrgl.engine import loop
 from pipetrgl.engine.phases import Parallel
@@ -71,7 +70,7 @@ def work(member: Membership, board: Board, environ: Mapping[str, str]) -> None:
     links = StoreLinks(job, member, board, Alarm())
     inbox = Portions(build_loader(job) if rank == 0 else links.inbox(member.place))
     inbox.num_batches = NUM_BATCHES
-    outbox = StaysOpen(links.outbox(member.place) if rank == 0 else NullOutbox())
+    outbox = StaysOpen(links.outbox(member.place))
     for turn in itertools.count():
         kind = board.read(f"turn/{turn}", 600, Alarm(), "the leader")
         hooks, clock = build_hooks(job, stage, inbox, outbox, drop), Clock()  # the last of them saves

@@ -43,15 +43,8 @@ class Precision(Protocol):
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
 
-@final
-class Full:
-    """float32 throughout."""
-
-    def entering(self, x: Tensor) -> Tensor:
-        return x
-
-    def computing(self) -> AbstractContextManager[object]:
-        return contextlib.nullcontext()
+class _Unscaled:
+    """The half of a precision that needs no loss scale."""
 
     def scaled(self, loss: Tensor) -> Tensor:
         return loss
@@ -68,7 +61,18 @@ class Full:
 
 
 @final
-class BFloat16:
+class Full(_Unscaled):
+    """float32 throughout."""
+
+    def entering(self, x: Tensor) -> Tensor:
+        return x
+
+    def computing(self) -> AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+
+@final
+class BFloat16(_Unscaled):
     """Autocast to bfloat16, whose range is float32's: no loss scale."""
 
     def __init__(self, device: torch.device) -> None:
@@ -79,19 +83,6 @@ class BFloat16:
 
     def computing(self) -> AbstractContextManager[object]:
         return torch.autocast(self._device_type, torch.bfloat16)
-
-    def scaled(self, loss: Tensor) -> Tensor:
-        return loss
-
-    def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        optimizer.step()
-        return True
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        pass
 
 
 @final

@@ -14,7 +14,7 @@ import torch
 from pipetrgl import kernels, optim, precision
 from pipetrgl.blueprint import Blueprint
 from pipetrgl.channels.alarm import Alarm
-from pipetrgl.channels.contracts import Inbox, NullOutbox, OneReplica, Outbox, ReplicaGroup
+from pipetrgl.channels.contracts import Inbox, OneReplica, Outbox, ReplicaGroup
 from pipetrgl.channels.delayed import DelayedInbox
 from pipetrgl.channels.gradients import BucketedSum, GradientSum, Whole
 from pipetrgl.channels.replicas import Agreed, add_up
@@ -83,7 +83,7 @@ class Links(Protocol):
         """From the stage before."""
 
     def outbox(self, place: Place) -> Outbox:
-        """To the stage behind."""
+        """To the stage behind; the last stage's takes nothing anywhere."""
 
     @property
     def clock_offset_s(self) -> float: ...
@@ -106,16 +106,16 @@ def run_worker(
     Raises:
         PipetrglError: the first error of any worker of the run.
     """
-    blueprint, last = job.blueprint, place.stage == job.blueprint.num_stages - 1
+    blueprint = job.blueprint
     configure_torch(blueprint.config.train)
     replicas = links.replicas(place)
     stage = build_stage(blueprint, place.stage, device, replicas)
     if place.stage == 0:
-        inbox: Inbox = build_loader(job, place, replicas)
+        inbox: Inbox = build_loader(job, replicas)
     else:
         inbox = _lengthened(links.inbox(place), job, place.stage, alarm)
     try:
-        outbox = NullOutbox() if last else links.outbox(place)
+        outbox = links.outbox(place)
         sink({"kind": "linked", **_who(place)})
         trace = blueprint.config.trace
         spans = Trace(trace.first_step, trace.num_steps, place.rank, _title(blueprint, place), links.clock_offset_s)
@@ -205,12 +205,13 @@ def build_plan(blueprint: Blueprint) -> Plan:
     return plan_of(blueprint.config.train.order, blueprint.itinerary.sweep)
 
 
-def build_loader(job: Job, place: Place | None = None, replicas: ReplicaGroup | None = None) -> Loader:
-    """Stage 0's inbox: of all rows, or of the share of the replica at `place`, whose group ends the stream together."""
+def build_loader(job: Job, replicas: ReplicaGroup | None = None) -> Loader:
+    """Stage 0's inbox: of all rows, or of one replica's share; its group ends the stream together."""
     config, world = job.blueprint.config, job.blueprint.world
     ends: Ends = job.stop
     share = None
-    if place is not None and replicas is not None and replicas.num_replicas > 1:
+    if replicas is not None and replicas.num_replicas > 1:
+        place = world.place(world.rank(0, replicas.replica))
         ends, share = Agreed(job.stop, replicas), functools.partial(world.share, place)
     return Loader(job.dataset(), job.blueprint.itinerary, config.data, config.seed, job.first_step, ends, share)
 

@@ -35,6 +35,11 @@ class World:
     def size(self) -> int:
         return sum(self.replicas)
 
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Of all workers, by rank."""
+        return tuple(self.place(rank) for rank in range(self.size))
+
     def rank(self, stage: int, replica: int = 0) -> int:
         return sum(self.replicas[:stage]) + replica
 
@@ -66,7 +71,7 @@ class World:
 
     def group(self, place: Place) -> tuple[Place, ...]:
         """All replicas of the stage, in order, this one included."""
-        return tuple(self.place(self.rank(place.stage, replica)) for replica in range(self.replicas[place.stage]))
+        return tuple(other for other in self.places if other.stage == place.stage)
 
     def _overlapping(self, place: Place, stage: int) -> tuple[Place, ...]:
         """By the real intervals [j / R, (j + 1) / R); those of any number of rows overlap only where these do."""

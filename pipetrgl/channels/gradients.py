@@ -8,6 +8,7 @@ last layer's gradients, .., first layer's
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Protocol, final
 
@@ -76,7 +77,8 @@ class BucketedSum:
         if overlap:
             for bucket in self._buckets:
                 for parameter in bucket.parameters:
-                    parameter.register_post_accumulate_grad_hook(_Counter(self, bucket))  # type: ignore[no-untyped-call]
+                    ready = functools.partial(self._ready, bucket)
+                    parameter.register_post_accumulate_grad_hook(ready)  # type: ignore[no-untyped-call]
 
     def arm(self) -> None:
         self._armed = True
@@ -98,7 +100,7 @@ class BucketedSum:
             _scatter(total / self._group.num_replicas, self._statistics)
             self._means = None
 
-    def ready(self, bucket: _Bucket) -> None:
+    def _ready(self, bucket: _Bucket, parameter: Tensor) -> None:
         """One more gradient of the bucket is complete on this replica."""
         if not self._armed:
             return
@@ -114,18 +116,6 @@ class BucketedSum:
     def _start_next(self) -> None:
         self._buckets[self._next].start(self._group)
         self._next += 1
-
-
-@final
-class _Counter:
-    """A hook of one parameter."""
-
-    def __init__(self, owner: BucketedSum, bucket: _Bucket) -> None:
-        self._owner = owner
-        self._bucket = bucket
-
-    def __call__(self, parameter: Tensor) -> None:
-        self._owner.ready(self._bucket)
 
 
 @final

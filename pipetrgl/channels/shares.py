@@ -13,9 +13,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import final
 
-from pipetrgl.channels.contracts import Inbox, Outbox
+from pipetrgl.channels.contracts import Inbox, NullOutbox, Outbox
 from pipetrgl.errors import LinkError
 from pipetrgl.microbatch import MicroBatch, joined
+
+
+def join(inboxes: Sequence[Inbox]) -> Inbox:
+    """One inbox out of one or several, in the order of their rows."""
+    return inboxes[0] if len(inboxes) == 1 else JoinedInbox(inboxes)
+
+
+def split(outboxes: Sequence[Outbox], shares: Sequence[Callable[[range], range]]) -> Outbox:
+    """One outbox out of none, one or several, each of which takes its receiver's rows; see `SplitOutbox`."""
+    if not outboxes:
+        return NullOutbox()
+    return outboxes[0] if len(outboxes) == 1 else SplitOutbox(outboxes, shares)
 
 
 @final

@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipetrgl.config.explain import explain, plain
-from pipetrgl.config.inherit import merge, read, real
+from pipetrgl.config.inherit import base_config, merge, read
 from pipetrgl.config.load import dump, report, settle
 from pipetrgl.config.schema import Config, Folder, NonNegative, Positive, Section
 from pipetrgl.config.source import Entry, Origin, Problem
@@ -213,22 +213,7 @@ def _base(entry: Entry | None, problems: list[Problem]) -> Entry:
     if entry is None:
         problems.append(Problem("config: is missing; expected a file name, or a section of options", None, True))
         return Entry({}, Origin(None))
-    if isinstance(entry.value, str):
-        tree = _file(entry, problems)
-    elif isinstance(entry.value, dict):
-        tree = Entry({}, entry.origin)
-        defaults = entry.value.get("defaults", Entry([], entry.origin))
-        for name in defaults.value if isinstance(defaults.value, list) else [defaults]:
-            if isinstance(name.value, str):
-                tree = merge(tree, _file(name, problems))
-            else:
-                text = "config.defaults: expected a file name or a list of file names"
-                problems.append(Problem(text, name.origin, hides_values=True))
-        options = {key: inner for key, inner in entry.value.items() if key != "defaults"}
-        tree = merge(tree, Entry(options, entry.origin))
-    else:
-        problems.append(Problem("config: expected a file name, or a section of options", entry.origin, True))
-        return Entry({}, entry.origin)
+    tree = base_config(entry, problems)
     content = dict(tree.value) if isinstance(tree.value, dict) else {}
     if plan := content.pop("plan", None):
         problems.append(Problem("plan: a bench has cuts of its own; remove it, and use cuts: planned", plan.origin))
@@ -244,18 +229,6 @@ def _in_stages(base: Entry, head: BenchSection | None) -> Entry:
     stages = Entry({"stages": Entry(workers[0], nowhere)}, nowhere)
     cuts = Entry({"cuts": Entry("even", nowhere)}, nowhere)
     return merge(base, Entry({"pipeline": stages, "model": cuts}, nowhere))
-
-
-def _file(name: Entry, problems: list[Problem]) -> Entry:
-    """A config file, relative to the file in which it is named."""
-    folder = real(name.origin.file).parent if name.origin.file else Path()
-    found: list[Problem] = []
-    tree = read(folder / Path(str(name.value)).expanduser(), found)
-    for problem in found:
-        if problem.origin is None:  # of the whole file: say which, and where it is named
-            problem = Problem(f"config: {str(name.value)!r}: {problem.text}", name.origin, problem.hides_values)
-        problems.append(problem)
-    return tree
 
 
 def _points(

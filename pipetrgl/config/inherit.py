@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipetrgl.config.source import BrokenText, Entry, Origin, Problem, parse
@@ -41,6 +42,45 @@ def read(path: Path, problems: list[Problem]) -> Entry:
         problems.append(Problem(f"the file {error}", hides_values=True))
         return Entry({}, Origin(path, 1))
     return _Files(problems).read(real(path), content, ())
+
+
+def base_config(entry: Entry | None, problems: list[Problem]) -> Entry:
+    """The config below the key `config` of another kind of file: a file's name, or a section that may inherit."""
+    if entry is None or not isinstance(entry.value, str | dict):
+        origin = entry.origin if entry else None
+        problems.append(Problem("config: expected a file name, or a section of options", origin, hides_values=True))
+        return Entry({}, Origin(None))
+    if isinstance(entry.value, str):
+        return _named(entry, problems)
+    options = {key: inner for key, inner in entry.value.items() if key != "defaults"}
+    tree, defaults = Entry({}, entry.origin), entry.value.get("defaults", Entry([], entry.origin))
+    for name in defaults.value if isinstance(defaults.value, list) else [defaults]:
+        if isinstance(name.value, str):
+            tree = merge(tree, _named(name, problems))
+        else:
+            text = "config.defaults: expected a file name or a list of file names"
+            problems.append(Problem(text, name.origin, hides_values=True))
+    return merge(tree, Entry(options, entry.origin))
+
+
+def _named(name: Entry, problems: list[Problem]) -> Entry:
+    """A config file, relative to the file in which it is named."""
+    folder = real(name.origin.file).parent if name.origin.file else Path()
+    found: list[Problem] = []
+    tree = read(folder / Path(str(name.value)).expanduser(), found)
+    for problem in found:
+        if problem.origin is None:  # of the whole file: say which, and where it is named
+            problem = Problem(f"config: {str(name.value)!r}: {problem.text}", name.origin, problem.hides_values)
+        problems.append(problem)
+    return tree
+
+
+def written_at(tree: Entry, keys: Sequence[str]) -> Entry | None:
+    """What is written at a path, if anything is."""
+    found: Entry | None = tree
+    for key in keys:
+        found = found.value.get(key) if found is not None and isinstance(found.value, dict) else None
+    return found
 
 
 class _Files:

@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipetrgl.config.explain import explain, plain, ruled_out, section_of
-from pipetrgl.config.inherit import merge, read, real
+from pipetrgl.config.inherit import merge, read, real, written_at
 from pipetrgl.config.planned import planned_times, read_plan
 from pipetrgl.config.schema import Config, Section
 from pipetrgl.config.source import (
@@ -124,11 +124,11 @@ def _with_planned_cuts(tree: Entry, problems: list[Problem]) -> Entry:
     plan = top.get("plan")
     if plan is None or not isinstance(plan.value, str) or not plan.value or "\0" in plan.value:
         return tree
-    device = _entry(tree, ("pipeline", "device"))
+    device = written_at(tree, ("pipeline", "device"))
     emulated = device is not None and device.value == "emulated"
     written = False
     for keys in _PLANNED + _PLANNED_TIMES * emulated:
-        if (entry := _entry(tree, keys)) is not None:
+        if (entry := written_at(tree, keys)) is not None:
             if plan.origin.file is None and entry.origin.file is not None:
                 continue
             written = True
@@ -151,14 +151,6 @@ def _with_planned_cuts(tree: Entry, problems: list[Problem]) -> Entry:
 
 _PLANNED: tuple[tuple[str, ...], ...] = (("model", "cuts"), ("pipeline", "stages"), ("pipeline", "replicas"))
 _PLANNED_TIMES = tuple(("pipeline", "emulated", name) for name in ("forward_s", "backward_s", "update_s", "rows"))
-
-
-def _entry(tree: Entry, keys: Sequence[str]) -> Entry | None:
-    """What is written at a path, if anything is."""
-    found: Entry | None = tree
-    for key in keys:
-        found = found.value.get(key) if found is not None and isinstance(found.value, dict) else None
-    return found
 
 
 def _written(value: Any, origin: Origin) -> Entry:

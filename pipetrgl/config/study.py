@@ -14,7 +14,7 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from pipetrgl.config.explain import explain, plain, show
-from pipetrgl.config.inherit import merge, read, real
+from pipetrgl.config.inherit import base_config, merge, read, written_at
 from pipetrgl.config.load import report, settle
 from pipetrgl.config.schema import Config, NonNegative, Positive, Section
 from pipetrgl.config.source import Entry, Origin, Problem
@@ -98,7 +98,7 @@ def load_study(path: Path) -> Study:
     variants = _sections(keys.get("variants"), "variants", problems)
     head = _head(keys, problems)
     _check_baselines(keys.get("baseline"), cases, variants, problems)
-    base = _base(keys.get("config"), problems)
+    base = base_config(keys.get("config"), problems)
     arms = list(_arms(base, cases or {"": Entry({}, top.origin)}, variants, problems))
     if problems or head is None:
         raise ConfigError(report(path, problems))
@@ -175,7 +175,7 @@ def _spread(section: Entry, where: str, problems: list[Problem]) -> Entry:
         else:
             part = {key.split(".")[0]: _nested(key.split(".")[1:], entry)}
             for own in _SET_BY_STUDY:
-                if _written(Entry(part, section.origin), own.split(".")):
+                if written_at(Entry(part, section.origin), own.split(".")):
                     text = f"{where}: {own} is the study's to set; remove it"
                     problems.append(Problem(text, entry.origin, hides_values=True))
         tree = merge(tree, Entry(part, section.origin))
@@ -186,46 +186,6 @@ def _nested(keys: Sequence[str], entry: Entry) -> Entry:
     for key in reversed(keys):
         entry = Entry({key: entry}, entry.origin)
     return entry
-
-
-def _written(tree: Entry, keys: Sequence[str]) -> Entry | None:
-    """The entry of an option, if it is written."""
-    for key in keys:
-        if not isinstance(tree.value, dict) or key not in tree.value:
-            return None
-        tree = tree.value[key]
-    return tree
-
-
-def _base(entry: Entry | None, problems: list[Problem]) -> Entry:
-    """The base config as a tree: a file, or a section that may inherit from files."""
-    if entry is None or entry.value is None or not isinstance(entry.value, str | dict):
-        origin = entry.origin if entry else None
-        problems.append(Problem("config: expected a file name, or a section of options", origin, hides_values=True))
-        return Entry({}, Origin(None))
-    if isinstance(entry.value, str):
-        return _file(entry, problems)
-    options = {key: inner for key, inner in entry.value.items() if key != "defaults"}
-    tree, defaults = Entry({}, entry.origin), entry.value.get("defaults")
-    for name in [] if defaults is None else defaults.value if isinstance(defaults.value, list) else [defaults]:
-        if isinstance(name.value, str):
-            tree = merge(tree, _file(name, problems))
-        else:
-            text = "config.defaults: expected a file name or a list of file names"
-            problems.append(Problem(text, name.origin, hides_values=True))
-    return merge(tree, Entry(options, entry.origin))
-
-
-def _file(name: Entry, problems: list[Problem]) -> Entry:
-    """A config file named in a study, relative to the file in which it is named."""
-    folder = real(name.origin.file).parent if name.origin.file else Path()
-    found: list[Problem] = []
-    tree = read(folder / Path(str(name.value)).expanduser(), found)
-    for problem in found:
-        if problem.origin is None:  # of the whole file: say which, and where it is named
-            problem = Problem(f"config: {str(name.value)!r}: {problem.text}", name.origin, problem.hides_values)
-        problems.append(problem)
-    return tree
 
 
 def _arms(
@@ -298,5 +258,5 @@ def _unsuited(config: Config, tree: Entry) -> Iterator[Problem]:
     if fraction == 0:
         faults["data.valid_fraction"] = "0 is not allowed in a study, which chooses on the validation split"
     for key, text in faults.items():
-        entry = _written(tree, key.split("."))
+        entry = written_at(tree, key.split("."))
         yield Problem(f"{key}: {text}", entry.origin if entry else None)

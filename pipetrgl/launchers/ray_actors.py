@@ -40,6 +40,7 @@ from pipetrgl.launchers.ray_metrics import gauged
 from pipetrgl.launchers.supervise import Budget, Supervisor, host_store
 from pipetrgl.logs import log_to_file
 from pipetrgl.worker import Job
+from pipetrgl.world import World
 
 T = TypeVar("T")
 
@@ -152,7 +153,7 @@ class _Actors:
 
 def stages_of_workers(config: Config) -> list[int]:
     """The stage of every rank."""
-    return [stage for stage, count in enumerate(config.pipeline.replica_counts) for _ in range(count)]
+    return [place.stage for place in World(config.pipeline.replica_counts).places]
 
 
 def bundle(config: Config, stage: int) -> dict[str, float]:

@@ -15,7 +15,7 @@ from pipetrgl.channels.connect import Connector
 from pipetrgl.channels.contracts import Inbox, OneReplica, Outbox, ReplicaGroup
 from pipetrgl.channels.link import LinkTerms
 from pipetrgl.channels.peer import Hello, Site
-from pipetrgl.channels.shares import JoinedInbox, SplitOutbox
+from pipetrgl.channels.shares import join, split
 from pipetrgl.channels.wire import TensorSpec, label_words
 from pipetrgl.config.schema import Config
 from pipetrgl.launchers.membership import Membership, name_of
@@ -77,7 +77,7 @@ class StoreLinks:
             )
             for sender in self._blueprint.world.senders(place)
         ]
-        return inboxes[0] if len(inboxes) == 1 else JoinedInbox(inboxes)
+        return join(inboxes)
 
     def outbox(self, place: Place) -> Outbox:
         world = self._blueprint.world
@@ -87,7 +87,7 @@ class StoreLinks:
             for receiver in receivers
         ]
         shares = [functools.partial(world.share, receiver) for receiver in receivers]
-        return outboxes[0] if len(outboxes) == 1 else SplitOutbox(outboxes, shares)
+        return split(outboxes, shares)
 
     def _terms(self, sender: Place, receiver: Place) -> LinkTerms:
         channel = self._blueprint.config.channel

@@ -122,7 +122,7 @@ class Supervisor:
         self._sink = sink
         self._budget = budget
         world, channel = job.blueprint.world, job.blueprint.config.channel
-        self._seats = [_Seat(world.place(rank), durable=job.checkpoint) for rank in range(world.size)]
+        self._seats = [_Seat(place, durable=job.checkpoint) for place in world.places]
         self._collector = Collector(board, world.size)
         names = {seat.place.rank: name_of(seat.place) for seat in self._seats}
         self._watch = Watch(names, channel.heartbeat_timeout_s)

@@ -11,7 +11,7 @@ from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.codecs import CODECS
 from pipetrgl.channels.contracts import Inbox, OneReplica, Outbox, ReplicaGroup
 from pipetrgl.channels.replicas import ThreadGroup
-from pipetrgl.channels.shares import JoinedInbox, SplitOutbox
+from pipetrgl.channels.shares import join, split
 from pipetrgl.channels.threads import thread_link
 from pipetrgl.engine.metrics import Sink
 from pipetrgl.engine.pulse import Pulse
@@ -30,7 +30,6 @@ class ThreadLinks:
     def __init__(self, job: Job, alarm: Alarm) -> None:
         channel = job.blueprint.config.channel
         self._world = job.blueprint.world
-        places = [self._world.place(rank) for rank in range(self._world.size)]
         self._links = {
             (sender, receiver): thread_link(
                 channel.capacity,
@@ -40,7 +39,7 @@ class ThreadLinks:
                 name_of(sender),
                 name_of(receiver),
             )
-            for sender in places
+            for sender in self._world.places
             for receiver in self._world.receivers(sender)
         }
         self._groups = [ThreadGroup(count, alarm, channel.wait_timeout_s) for count in self._world.replicas]
@@ -51,13 +50,13 @@ class ThreadLinks:
 
     def inbox(self, place: Place) -> Inbox:
         inboxes = [self._links[sender, place][1] for sender in self._world.senders(place)]
-        return inboxes[0] if len(inboxes) == 1 else JoinedInbox(inboxes)
+        return join(inboxes)
 
     def outbox(self, place: Place) -> Outbox:
         receivers = self._world.receivers(place)
         outboxes = [self._links[place, receiver][0] for receiver in receivers]
         shares = [functools.partial(self._world.share, receiver) for receiver in receivers]
-        return outboxes[0] if len(outboxes) == 1 else SplitOutbox(outboxes, shares)
+        return split(outboxes, shares)
 
 
 def launch(job: Job, sink: Sink, budget: Budget) -> None:
@@ -79,7 +78,7 @@ def launch(job: Job, sink: Sink, budget: Budget) -> None:
 
     threads = [
         threading.Thread(target=work, args=(place,), name=name_of(place), daemon=True)
-        for place in map(job.blueprint.world.place, range(job.blueprint.world.size))
+        for place in job.blueprint.world.places
     ]
     for thread in threads:
         thread.start()

@@ -17,6 +17,7 @@ from pathlib import Path
 from pipetrgl.config.load import load
 from pipetrgl.engine.metrics import Row
 from pipetrgl.errors import DivergedError, Interrupted, LaunchError, PipetrglError, StoppedError
+from pipetrgl.launchers.local import wait_for, worker_environ
 from pipetrgl.launchers.signals import stop_on_signals
 from pipetrgl.launchers.start import train
 from pipetrgl.logs import log_to_stderr
@@ -91,21 +92,13 @@ def last_words(training: Training) -> str:
 
 
 def _start(training: Training) -> subprocess.Popen[bytes]:
-    threads = str(training.threads)
-    # the thread count must hold from torch's import on; a package that is not installed is found as here
-    environ = {
-        **os.environ,
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
     with training.log.open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "pipetrgl.launchers.trainings", str(training.config), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=environ,
+            env=worker_environ(os.environ, training.threads),
             # a session of its own, so that Ctrl-C reaches this process alone, which then ends them in order
             start_new_session=True,
         )
@@ -122,21 +115,12 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         process.terminate()
     try:
-        _wait_for(processes, _STOP_S)
+        wait_for(processes, _STOP_S)
     finally:
         alive = [process for process in processes if process.poll() is None]
         for process in alive:
             process.kill()
-        _wait_for(alive, _KILL_S)
-
-
-def _wait_for(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            continue
+        wait_for(alive, _KILL_S)
 
 
 def _main(config: Path, parent: int) -> int:

@@ -43,13 +43,17 @@ class BatchNorm2d(nn.BatchNorm2d):
             return self(z), (self.weight.square() * v / (v + self.eps) + self.bias.square()).mean()
         if z.numel() == z.size(1):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(z.shape)}")
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        momentum = self._count_batch()
         y, mean_square = _MeanSquare.apply(  # type: ignore[no-untyped-call]
             z, self.weight, self.bias, self.running_mean, self.running_var, momentum, self.eps
         )
         return y, mean_square
+
+    def _count_batch(self) -> float:
+        """Count a training batch; returns its weight in the running statistics."""
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
 
 def close_branch(norm: BatchNorm2d, z: Tensor, identity: bool) -> tuple[Tensor, Residual]:
@@ -75,6 +79,30 @@ def refuse_identity(impl: str, block: str) -> None:
         )
 
 
+def mean_square_of(weight: Tensor, bias: Tensor, invstd: Tensor, eps: float) -> Tensor:
+    """mean(y ** 2) of a normalised batch, from what it was normalised with."""
+    return (weight.square() * (1.0 - eps * invstd.square()) + bias.square()).mean()
+
+
+def cost_gradients(
+    grad_cost: Tensor, centred: Tensor, weight: Tensor, bias: Tensor, invstd: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of g * mean(y ** 2) for z, gamma and beta:
+
+    d z     = g * 2 / (M * C) * gamma ** 2 * eps * invstd ** 4 * (z - mean)      M values in each of C channels
+    d gamma = g * 2 / C * gamma * (1 - eps * invstd ** 2)
+    d beta  = g * 2 / C * beta
+
+    Args:
+        grad_cost: g.
+        centred: z - mean, (N, C, ...); becomes d z.
+    """
+    scale = grad_cost * (2.0 / weight.numel())
+    per_value = scale / (centred.numel() // weight.numel()) * eps * weight.square() * invstd.pow(4)
+    grad_z = centred.mul_(per_value.view(1, -1, *[1] * (centred.ndim - 2)))
+    return grad_z, scale * weight * (1.0 - eps * invstd.square()), scale * bias
+
+
 class _MeanSquare(Function):
     """BatchNorm in train mode through the operator that `nn.BatchNorm2d` itself calls, with the cost beside it."""
 
@@ -93,7 +121,7 @@ class _MeanSquare(Function):
         y, mean, invstd, reserve, kernel = torch._batch_norm_impl_index(
             z, weight, bias, running_mean, running_var, True, momentum, eps, torch.backends.cudnn.enabled
         )
-        mean_square = (weight.square() * (1.0 - eps * invstd.square()) + bias.square()).mean()
+        mean_square = mean_square_of(weight, bias, invstd, eps)
         ctx.save_for_backward(z, weight, bias, mean, invstd, reserve)
         ctx.kernel, ctx.eps = kernel, eps
         ctx.set_materialize_grads(False)
@@ -102,12 +130,7 @@ class _MeanSquare(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_cost: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Plain BatchNorm's gradients, plus those of the cost g:
-
-        d gamma += g * 2 / C * gamma * (1 - eps * invstd ** 2)
-        d beta  += g * 2 / C * beta
-        d z     += g * 2 / (M * C) * gamma ** 2 * eps * invstd ** 4 * (z - mean)      M = N * H * W
-        """
+        """Plain BatchNorm's gradients, plus those of the cost."""
         z, weight, bias, mean, invstd, reserve = ctx.saved_tensors
         eps: float = ctx.eps
         grads: list[Tensor | None] = [None, None, None]
@@ -118,13 +141,6 @@ class _MeanSquare(Function):
                 )
             )
         if grad_cost is not None:
-            scale = grad_cost * (2.0 / weight.numel())
-            per_pixel = scale / (z.numel() // weight.numel()) * eps * weight.square() * invstd.pow(4)
-            shape = (1, -1, 1, 1)
-            costs = (
-                (z - mean.view(shape)).mul_(per_pixel.view(shape)),
-                scale * weight * (1.0 - eps * invstd.square()),
-                scale * bias,
-            )
+            costs = cost_gradients(grad_cost, z - mean.view(1, -1, 1, 1), weight, bias, invstd, eps)
             grads = [cost if grad is None else grad.add_(cost) for grad, cost in zip(grads, costs, strict=True)]
         return (*grads, None, None, None, None)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pipetrgl.models.batchnorm import BatchNorm2d
+from pipetrgl.models.batchnorm import BatchNorm2d, cost_gradients, mean_square_of
 
 
 @final
@@ -67,9 +67,7 @@ class SynchronisedBatchNorm(BatchNorm2d):
         """As `BatchNorm2d.with_mean_square`, over the rows of all replicas."""
         if not self.training:
             return super().with_mean_square(z)
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        momentum = self._count_batch()
         y, mean_square = _Synchronised.apply(  # type: ignore[no-untyped-call]
             z, self.weight, self.bias, self.running_mean, self.running_var, momentum, self.eps, self._group
         )
@@ -109,7 +107,7 @@ class _Synchronised(Function):
         running_var.lerp_(var * (total / (total - 1)), momentum)
         invstd = (var + eps).rsqrt()
         y = ((wide - _column(mean, z)) * _column(invstd * weight, z) + _column(bias, z)).to(z.dtype)
-        mean_square = (weight.square() * (1.0 - eps * invstd.square()) + bias.square()).mean()
+        mean_square = mean_square_of(weight, bias, invstd, eps)
         ctx.save_for_backward(z, weight, bias, mean, invstd, total)
         ctx.eps, ctx.group = eps, group
         ctx.set_materialize_grads(False)
@@ -122,7 +120,7 @@ class _Synchronised(Function):
 
         d gamma = sum(dy * x)     d beta = sum(dy)     d z = gamma * invstd * (dy - (S(dy) + x * S(dy * x)) / n)
 
-        S: sum over the rows of all replicas. The cost's terms are `BatchNorm2d`'s: its gradient g comes weighted by
+        S: sum over the rows of all replicas. The cost's terms are `cost_gradients`: its g comes weighted by
         this replica's share n_r / n of the rows, so g / n_r is that of all rows.
         """
         z, weight, bias, mean, invstd, total = ctx.saved_tensors
@@ -137,13 +135,7 @@ class _Synchronised(Function):
             of_dy, of_dy_x = sums.chunk(2)
             grad_z = (grad_y - _column(of_dy, z) - x * _column(of_dy_x, z)) * _column(weight * invstd, z)
         if grad_cost is not None:
-            scale = grad_cost * (2.0 / weight.numel())
-            per_value = scale / (z.numel() // weight.numel()) * eps * weight.square() * invstd.pow(4)
-            costs = (
-                centred * _column(per_value, z),
-                scale * weight * (1.0 - eps * invstd.square()),
-                scale * bias,
-            )
+            costs = cost_gradients(grad_cost, centred, weight, bias, invstd, eps)
             grad_z, grad_weight, grad_bias = (
                 cost if grad is None else grad + cost
                 for grad, cost in zip((grad_z, grad_weight, grad_bias), costs, strict=True)

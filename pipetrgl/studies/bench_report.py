@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from pipetrgl.errors import ConfigError
 from pipetrgl.studies import bench_plots, plots
 from pipetrgl.studies.bench_results import kind_of
+from pipetrgl.studies.page import drawing, render, require_extra
 from pipetrgl.studies.report import ABSENT, Panel, percent, rate, size
 from pipetrgl.studies.timeline import comparison
 
@@ -30,12 +30,7 @@ def write_bench_report(folder: Path) -> Path:
     Raises:
         ConfigError: matplotlib or jinja2 is missing, or result.json is missing or damaged.
     """
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401
-        from markupsafe import Markup
-    except ImportError as error:
-        raise ConfigError(f"the report needs {error.name}; install the extra: pip install 'pipetrgl[plot]'") from error
+    require_extra()
     result = _read(folder / "result.json")
     sections = [("Scaling", _scaling(result["points"]))]
     sections += [(title_of(point), _at_point(point, folder)) for point in main_points(result["points"])]
@@ -47,16 +42,12 @@ def write_bench_report(folder: Path) -> Path:
         assert panel.figure is not None
         (folder / "plots" / f"{panel.file}.png").write_bytes(plots.png(panel.figure))
     drawn = [
-        (title, [(one, Markup(plots.svg(one.figure, one.file, one.title)) if one.figure else None) for one in some])
+        (title, [(one, drawing(one.figure, one.file, one.title) if one.figure else None) for one in some])
         for title, some in sections
     ]
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = resources.files("pipetrgl.studies").joinpath("bench.html.j2").read_text(encoding="utf-8")
     page = folder / "report.html"
     bench = (folder / "bench.yaml").read_text(encoding="utf-8")
-    page.write_text(environment.from_string(source).render(_page(result), sections=drawn, bench=bench), "utf-8")
+    page.write_text(render("bench.html.j2", {**_page(result), "sections": drawn, "bench": bench}), "utf-8")
     return page
 
 

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import yaml
 
 from pipetrgl.errors import ConfigError
 from pipetrgl.studies import diagnostics, plots
+from pipetrgl.studies.page import drawing, render, require_extra
 from pipetrgl.studies.timeline import timeline
 
 if TYPE_CHECKING:
@@ -97,13 +97,7 @@ def write_report(run: Path) -> Path:
     Raises:
         ConfigError: matplotlib or jinja2 is missing, this is no run folder, or one of its files is damaged.
     """
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401
-        from markupsafe import Markup
-    except ImportError as error:
-        message = f"the report needs {error.name}; install the extra: pip install 'pipetrgl[plot]'"
-        raise ConfigError(message) from error
+    require_extra()
     record = read_run(run)
     panels = _panels(record)
     (run / "plots").mkdir(exist_ok=True)
@@ -113,12 +107,8 @@ def write_report(run: Path) -> Path:
             path.unlink(missing_ok=True)  # of an earlier report, which knew more
         else:
             path.write_bytes(plots.png(panel.figure))
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = resources.files("pipetrgl.studies").joinpath("report.html.j2").read_text(encoding="utf-8")
-    drawings = [Markup(plots.svg(panel.figure, panel.file, panel.title)) if panel.figure else None for panel in panels]
-    page = environment.from_string(source).render(_page(record), panels=list(zip(panels, drawings, strict=True)))
+    drawings = [drawing(panel.figure, panel.file, panel.title) if panel.figure else None for panel in panels]
+    page = render("report.html.j2", {**_page(record), "panels": list(zip(panels, drawings, strict=True))})
     report = run / "report.html"
     report.write_text(page, encoding="utf-8")
     return report

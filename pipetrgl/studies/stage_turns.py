@@ -176,8 +176,7 @@ def pipelined(seat: Seat) -> StageTurns:
     links = StoreLinks(seat.job, seat.member, seat.board, Alarm())
     place = seat.member.place
     inbox = build_loader(seat.job) if seat.rank == 0 else links.inbox(place)
-    outbox = links.outbox(place) if seat.rank < seat.num_workers - 1 else NullOutbox()
-    return StageTurns(seat, stage, inbox, outbox)
+    return StageTurns(seat, stage, inbox, links.outbox(place))
 
 
 def unlinked(seat: Seat) -> StageTurns:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipetrgl.studies.plots import HEIGHT, INK, NARROW, WIDE, styled
+from pipetrgl.studies.plots import HEIGHT, INK, NARROW, WIDE, canvas, styled
 from pipetrgl.studies.study_results import Comparison, Summary
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b7280")  # Okabe and Ito's, and a grey
@@ -37,7 +36,7 @@ def accuracy_by_stage(summaries: Sequence[Summary], look: Mapping[str, dict[str,
     drawn = [one for one in summaries if len(one.test_by_stage) > 1]
     if not drawn:
         return None
-    figure, axes = _canvas(NARROW, HEIGHT)
+    figure, axes = canvas(NARROW, HEIGHT)
     for one in drawn:
         stages = range(len(one.test_by_stage))
         style = look[one.variant]
@@ -66,7 +65,7 @@ def differences(comparisons: Sequence[Comparison], look: Mapping[str, dict[str, 
     if not comparisons:
         return None
     places = list(dict.fromkeys(one.place for one in comparisons))
-    figure, axes = _canvas(WIDE, 1.0 + 0.34 * len(places))
+    figure, axes = canvas(WIDE, 1.0 + 0.34 * len(places))
     for one in comparisons:
         row = places.index(one.place) + (-0.14 if one.head == "best" else 0.14)
         style = look[one.variant]
@@ -92,7 +91,7 @@ def transport_by_block(summaries: Sequence[Summary], look: Mapping[str, dict[str
     drawn = [one for one in summaries if one.cost_by_block]
     if not drawn:
         return None
-    figure, axes = _canvas(NARROW, HEIGHT)
+    figure, axes = canvas(NARROW, HEIGHT)
     names = max((list(one.cost_by_block) for one in drawn), key=len)
     for one in drawn:
         here = [place for place, name in enumerate(names) if name in one.cost_by_block]
@@ -116,10 +115,3 @@ def _baseline(comparisons: Sequence[Comparison]) -> str:
     """The common baseline; its variant alone where each case has its own."""
     names = {one.baseline for one in comparisons}
     return names.pop() if len(names) == 1 else names.pop().rpartition("/")[2]
-
-
-def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from pipetrgl.errors import ConfigError
 from pipetrgl.launchers.environment import environment
 from pipetrgl.studies import plots, study_plots
 from pipetrgl.studies.intervals import Interval
+from pipetrgl.studies.page import drawing, render, require_extra
 from pipetrgl.studies.report import ABSENT
 from pipetrgl.studies.study import pair_of
 from pipetrgl.studies.study_results import Comparison, Summary, compare, summarise, to_csv, to_dict
@@ -64,12 +64,7 @@ def write_page(
     Raises:
         ConfigError: matplotlib or jinja2 is missing.
     """
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401
-        from markupsafe import Markup
-    except ImportError as error:
-        raise ConfigError(f"the report needs {error.name}; install the extra: pip install 'pipetrgl[plot]'") from error
+    require_extra()
     figures = _figures(study, summaries, comparisons)
     (folder / "plots").mkdir(exist_ok=True)
     for name, (_, figure) in figures.items():
@@ -77,16 +72,14 @@ def write_page(
     drawn = [
         {
             "title": title,
-            "drawing": Markup(plots.svg(figure, name, title)),
+            "drawing": drawing(figure, name, title),
             "wide": figure.get_figwidth() > plots.NARROW,
         }
         for name, (title, figure) in figures.items()
     ]
-    loader = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = resources.files("pipetrgl.studies").joinpath("study.html.j2").read_text(encoding="utf-8")
     page = folder / "report.html"
-    text = loader.from_string(source).render(_page(study, summaries, comparisons, about), figures=drawn)
-    page.write_text(text, encoding="utf-8")
+    values = _page(study, summaries, comparisons, about)
+    page.write_text(render("study.html.j2", {**values, "figures": drawn}), encoding="utf-8")
     return page
 
 
