@@ -46,27 +46,35 @@ def environ() -> Iterator[dict[str, str]]:
     command = ["ray", "start", "--head", "--block", "--num-cpus=4", f"--port={port}", f"--dashboard-port={server}"]
     command += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
     command += [f"--object-store-memory={80 * 2**20}", f"--ray-client-server-port={free_port()}"]
+    # Ray's own default is one fixed port: held by another Ray on this machine, jobs are refused with 500 for ever
+    command += [f"--dashboard-agent-listen-port={free_port()}"]
     with (Path(folder) / "head.log").open("wb") as log:
         head = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
-    # a job of its own: the server answers some seconds before the node's agent takes jobs
+    try:
+        await_job_agent(f"http://127.0.0.1:{server}/api/jobs/", environ["RAY_AUTH_TOKEN"], head, Path(folder))
+        yield environ
+    finally:
+        head.send_signal(signal.SIGTERM)  # `ray start --block` ends what it started
+        head.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def await_job_agent(address: str, token: str, head: subprocess.Popen[bytes], folder: Path) -> None:
+    """Submit a job until one is taken: the server answers some seconds before the agent of its node takes jobs."""
     request = urllib.request.Request(
-        f"http://127.0.0.1:{server}/api/jobs/",
+        address,
         data=json.dumps({"entrypoint": "true"}).encode(),
-        headers={"Authorization": f"Bearer {environ['RAY_AUTH_TOKEN']}", "Content-Type": "application/json"},
+        headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
     )
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 150
     while True:
         try:
             urllib.request.urlopen(request, timeout=30).close()
-            break
-        except (OSError, urllib.error.HTTPError):
-            assert head.poll() is None, (Path(folder) / "head.log").read_text()
-            assert time.monotonic() < deadline, (Path(folder) / "head.log").read_text()
+            return
+        except OSError as error:
+            answer = error.read().decode() if isinstance(error, urllib.error.HTTPError) else str(error)
+            assert head.poll() is None and time.monotonic() < deadline, f"{answer}\n{(folder / 'head.log').read_text()}"
             time.sleep(0.5)
-    yield environ
-    head.send_signal(signal.SIGTERM)  # `ray start --block` ends what it started
-    head.wait(timeout=60)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def submit(environ: dict[str, str], folder: Path, *overrides: str) -> tuple[int, str]:
