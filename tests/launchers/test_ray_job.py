@@ -33,7 +33,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def environ() -> Iterator[dict[str, str]]:
     """Of a shell in which `ray job submit` reaches a head with four CPUs; the head ends with the tests."""
-    folder, port, server = tempfile.mkdtemp(prefix="ray_head-", dir="/tmp"), free_port(), free_port()
+    folder, port, server = Path(tempfile.mkdtemp(prefix="ray_head-", dir="/tmp")), free_port(), free_port()
     environ = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -48,10 +48,10 @@ def environ() -> Iterator[dict[str, str]]:
     command += [f"--object-store-memory={80 * 2**20}", f"--ray-client-server-port={free_port()}"]
     # Ray's own default is one fixed port: held by another Ray on this machine, jobs are refused with 500 for ever
     command += [f"--dashboard-agent-listen-port={free_port()}"]
-    with (Path(folder) / "head.log").open("wb") as log:
+    with (folder / "head.log").open("wb") as log:
         head = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
     try:
-        await_job_agent(f"http://127.0.0.1:{server}/api/jobs/", environ["RAY_AUTH_TOKEN"], head, Path(folder))
+        await_job_agent(environ, head, folder / "head.log")
         yield environ
     finally:
         head.send_signal(signal.SIGTERM)  # `ray start --block` ends what it started
@@ -59,21 +59,21 @@ def environ() -> Iterator[dict[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def await_job_agent(address: str, token: str, head: subprocess.Popen[bytes], folder: Path) -> None:
+def await_job_agent(environ: dict[str, str], head: subprocess.Popen[bytes], log: Path) -> None:
     """Submit a job until one is taken: the server answers some seconds before the agent of its node takes jobs."""
     request = urllib.request.Request(
-        address,
+        f"{environ['RAY_API_SERVER_ADDRESS']}/api/jobs/",
         data=json.dumps({"entrypoint": "true"}).encode(),
-        headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
+        headers={"Authorization": f"Bearer {environ['RAY_AUTH_TOKEN']}", "Content-Type": "application/json"},
     )
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 90
     while True:
         try:
             urllib.request.urlopen(request, timeout=30).close()
             return
         except OSError as error:
             answer = error.read().decode() if isinstance(error, urllib.error.HTTPError) else str(error)
-            assert head.poll() is None and time.monotonic() < deadline, f"{answer}\n{(folder / 'head.log').read_text()}"
+            assert head.poll() is None and time.monotonic() < deadline, f"{answer}\n{log.read_text()}"
             time.sleep(0.5)
 
 
