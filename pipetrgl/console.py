@@ -13,7 +13,8 @@ from rich.table import Table
 
 from pipetrgl.blueprint import Blueprint
 from pipetrgl.engine.metrics import Row
-from pipetrgl.studies.report import TABLE_HEADER, number, percent, rate, table_rows
+from pipetrgl.studies.tables import TABLE_HEADER, table_rows
+from pipetrgl.studies.wording import number, percent, rate
 
 _LIVE_HEADER = ["stage", "loss", "task", "transport", "head", "valid", "images/s", "waited"]
 # the report's columns in words that fit 80 characters; `validate` and the report name the blocks

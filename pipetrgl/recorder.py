@@ -17,8 +17,9 @@ from pipetrgl.errors import StoppedError
 
 logger = logging.getLogger(__name__)
 
-_BY_STEP = {"train", "valid", "test"}
+_BY_STEP = {"train", "valid", "test", "geometry"}
 _KEPT = {*_BY_STEP, "log"}
+_GEOMETRY = ("straightness", "monotone_share", "monotone_share_by_block", "relative_cost_by_block", "num_samples")
 
 
 @final
@@ -180,6 +181,7 @@ class Recorder:
             "test_loss": rows.get("test", {}).get("task_loss"),
             **{name: train.get(name) for name in ("local_loss", "task_loss", "transport_cost")},
             "transport_cost_by_block": train.get("transport_cost_by_block", {}),
+            "geometry": {name: value for name, value in rows.get("geometry", {}).items() if name in _GEOMETRY},
             **{
                 name: summary.get(name)
                 for name in (

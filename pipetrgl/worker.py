@@ -27,6 +27,7 @@ from pipetrgl.engine.checkpoint import Checkpoint
 from pipetrgl.engine.emulated import Device, EmulatedStage, Times
 from pipetrgl.engine.evaluate import Evaluation
 from pipetrgl.engine.faults import rehearse
+from pipetrgl.engine.geometry import Geometry
 from pipetrgl.engine.guard import StabilityGuard
 from pipetrgl.engine.idle import IdlingStage, TickingOutbox
 from pipetrgl.engine.listen import Listen
@@ -255,9 +256,12 @@ def build_hooks(job: Job, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink
     schedule = SaveSchedule(config.checkpoint.every, config.run.save_final, total_steps)
     if not learns:
         schedule = SaveSchedule(every=0, final=False, total_steps=0)  # never, also when the run is stopped
+    # before the metrics, which leave out what passes until they see an evaluation's micro-batch
+    looks = [Geometry(stage, sink)] if learns and stage.replicas.replica == 0 else []
     saves = SaveCheckpoints(stage, metrics, outbox, job.run, sink, schedule, job.first_step)
     return [
         *([StabilityGuard(stage, optim.peak_rate(config.optim), momentum)] if guarded else []),
+        *looks,
         metrics,
         Evaluation(stage, sink, config.train.on_nonfinite, learns),
         saves,  # after the metrics, whose sums it saves

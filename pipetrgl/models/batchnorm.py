@@ -57,8 +57,11 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def close_branch(norm: BatchNorm2d, z: Tensor, identity: bool) -> tuple[Tensor, Residual]:
-    """r = norm(z), the end of a residual branch, and its `Residual`: by the identity, or r itself."""
-    if not identity:
+    """r = norm(z), the end of a residual branch, and its `Residual`: by the identity, or r itself.
+
+    In eval mode it is r itself: there is no graph that would keep it, and the identity is one of training.
+    """
+    if not (identity and norm.training):
         r = norm(z)
         return r, Residual.of(r)
     r, mean_square = norm.with_mean_square(z)

@@ -11,8 +11,9 @@ from pipetrgl.errors import ConfigError
 from pipetrgl.studies import bench_plots, plots
 from pipetrgl.studies.bench_results import kind_of
 from pipetrgl.studies.page import drawing, render, require_extra
-from pipetrgl.studies.report import ABSENT, Panel, percent, rate, size
+from pipetrgl.studies.report import Panel
 from pipetrgl.studies.timeline import comparison
+from pipetrgl.studies.wording import ABSENT, percent, rate, size
 
 Part = Mapping[str, Any]
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
+Costs = Mapping[int, Mapping[str, float | None]]
+"""Of the blocks of each stage."""
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -183,14 +185,9 @@ def training_curve(rows: Sequence[Row], num_stages: int, key: str, label: str, s
 
 
 @styled
-def transport_by_block(stages: Sequence[Row], num_stages: int) -> Figure | None:
-    """Bars of the transport cost of every residual block, in the order of the network, coloured by stage."""
-    blocks = [
-        (stage["stage"], block, cost)
-        for stage in stages
-        for block, cost in (stage.get("transport_cost_by_block") or {}).items()
-        if cost is not None
-    ]
+def cost_by_block(costs: Costs, num_stages: int, label: str) -> Figure | None:
+    """Bars of a cost of every residual block, in the order of the network, coloured by stage."""
+    blocks = [(stage, block, cost) for stage, own in costs.items() for block, cost in own.items() if cost is not None]
     if not blocks:
         return None
     colours = stage_colours(num_stages)
@@ -207,7 +204,7 @@ def transport_by_block(stages: Sequence[Row], num_stages: int) -> Figure | None:
     axes.set_xticks(places[::every], labels, rotation=90, fontsize=7.5 if len(labels) <= 20 else 6)
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(places[0] - 0.7, max(places[-1] + 0.7, places[0] + 4))
-    axes.set_ylabel("transport cost of the block")
+    axes.set_ylabel(label)
     _stage_legend(figure, owners, num_stages, line=False)
     return figure
 

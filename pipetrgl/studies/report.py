@@ -2,76 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from pipetrgl.errors import ConfigError
-from pipetrgl.studies import diagnostics, plots
+from pipetrgl.studies import plots
 from pipetrgl.studies.page import drawing, render, require_extra
+from pipetrgl.studies.record import RunRecord, read_run
+from pipetrgl.studies.tables import (
+    ENERGY_HEADER,
+    GEOMETRY_HEADER,
+    TABLE_HEADER,
+    WORK_HEADER,
+    energy_rows,
+    geometry_rows,
+    stagnation_line,
+    table_rows,
+    work_rows,
+)
 from pipetrgl.studies.timeline import timeline
+from pipetrgl.studies.wording import ABSENT, count, duration, percent, rate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-ABSENT = "\N{EN DASH}"
-TABLE_HEADER = [
-    "stage",
-    "blocks",
-    "valid accuracy",
-    "test accuracy",
-    "local loss",
-    "transport cost",
-    "images/s",
-    "waited",
-    "head",
-]
-WORK_HEADER = [
-    "stage",
-    "computed",
-    "waited for input",
-    "waited to send",
-    "sent",
-    "peak memory",
-    "parameters",
-    "of the head",
-]
-ENERGY_HEADER = [
-    "stage",
-    "cross-entropy",
-    "weighted transport cost",
-    "sum",
-    "cross-entropy before",
-    "energy",
-]
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What a run folder holds.
-
-    Attributes:
-        config, config_text: the resolved config, parsed and as written.
-        rows: the metrics, oldest first.
-        result: result.json; where that is missing, the same shape with what the config and the metrics know.
-        events: the trace's events; none if no trace was recorded.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    config_text: str
-    rows: list[dict[str, Any]]
-    result: dict[str, Any]
-    events: list[dict[str, Any]]
-
-    @property
-    def num_stages(self) -> int:
-        return int(self.result["num_stages"])
 
 
 @dataclass(frozen=True)
@@ -112,194 +66,6 @@ def write_report(run: Path) -> Path:
     report = run / "report.html"
     report.write_text(page, encoding="utf-8")
     return report
-
-
-def read_run(run: Path) -> RunRecord:
-    """Reads a run folder.
-
-    Raises:
-        ConfigError: no config.yaml, or a damaged file; a half-written last line of metrics.jsonl is no damage.
-    """
-    config_path = run / "config.yaml"
-    if not config_path.is_file():
-        raise ConfigError(f"{run} is not a run folder: it holds no config.yaml")
-    config_text = config_path.read_text(encoding="utf-8")
-    config = yaml.safe_load(config_text) or {}
-    rows = _read_rows(run / "metrics.jsonl")
-    # A run that failed early leaves a result with gaps: what the metrics know fills them.
-    found = _read_json(run / "result.json") or {}
-    known = {key: value for key, value in found.items() if value not in (None, [], {})}
-    trace = _read_json(run / "trace.json") or {}
-    return RunRecord(
-        folder=run,
-        config=config,
-        config_text=config_text,
-        rows=rows,
-        result={**_unfinished(run.name, config, rows), **known},
-        events=trace.get("traceEvents", []),
-    )
-
-
-def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """The table by stage, one row a stage under TABLE_HEADER; an absent value is an en dash."""
-    rows = []
-    for stage in result.get("stages") or []:
-        roles = [role for role in ("best", "last") if result.get(f"{role}_head") == stage["stage"]]
-        rows.append(
-            [
-                str(stage["stage"]),
-                block_range(stage.get("blocks") or []),
-                percent(stage.get("valid_accuracy")),
-                percent(stage.get("test_accuracy")),
-                number(stage.get("local_loss")),
-                number(stage.get("transport_cost")),
-                rate(stage.get("images_per_s")),
-                percent(stage.get("wait_share")),
-                ", ".join(roles),
-            ]
-        )
-    return rows
-
-
-def energy_rows(rows: Sequence[Mapping[str, Any]], num_stages: int) -> list[list[str]]:
-    """The table of the energy under ENERGY_HEADER, from means over each stage's last epoch; empty if one has none."""
-    tasks, costs = [], []
-    for stage in range(num_stages):
-        own = [row for row in rows if row["kind"] == "train" and row["stage"] == stage and row["task_loss"] is not None]
-        last = [row for row in own if row["epoch"] == own[-1]["epoch"]]
-        if not last:
-            return []
-        tasks.append(sum(row["task_loss"] for row in last) / len(last))
-        costs.append(sum(row["weight"] * row["transport_cost"] for row in last) / len(last))
-    flags = ["rises" if rises else "falls" for rises in diagnostics.energy_rises(tasks, costs)]
-    before = [None, *tasks[:-1]]
-    columns = (range(num_stages), tasks, costs, before, [ABSENT, *flags])
-    return [
-        [str(stage), number(task), number(cost), number(task + cost), number(earlier), flag]
-        for stage, task, cost, earlier, flag in zip(*columns, strict=True)
-    ]
-
-
-def stagnation_line(stages: Sequence[Mapping[str, Any]]) -> str:
-    """The stagnation index on the validation split, explained; or why there is none."""
-    accuracies = [stage.get("valid_accuracy") for stage in stages]
-    known = [accuracy for accuracy in accuracies if accuracy is not None]
-    if not known or len(known) < len(accuracies):
-        return "Stagnation index: no validation has passed every head."
-    index = 100 * diagnostics.stagnation(known)
-    return (
-        f"Stagnation index: {index:.1f} points, the validation accuracy of the best head less that of the last; "
-        "0 where the last is the best."
-    )
-
-
-def block_range(blocks: Sequence[str]) -> str:
-    """First and last block of a stage: "layer1.0 .. layer1.3"."""
-    if not blocks:
-        return ABSENT
-    return blocks[0] if len(blocks) == 1 else f"{blocks[0]} .. {blocks[-1]}"
-
-
-def percent(share: float | None) -> str:
-    return ABSENT if share is None else f"{100 * share:.1f} %"
-
-
-def number(value: float | None) -> str:
-    """Three significant digits; NaN and infinity are values, only None is absent."""
-    if value is None:
-        return ABSENT
-    return f"{value:#.3g}" if math.isfinite(value) and value != 0 else f"{value:g}"
-
-
-def rate(value: float | None) -> str:
-    if value is None:
-        return ABSENT
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def count(value: int | None) -> str:
-    return ABSENT if value is None else f"{value:,}"
-
-
-def size(value: float | None) -> str:
-    """Decimal units, as in every size of this project."""
-    if value is None:
-        return ABSENT
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= factor:
-            return f"{value / factor:.1f} {unit}"
-    return f"{value:.0f} B"
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ABSENT
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes == 0:
-        return f"{seconds:.1f} s"
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    # A run killed while it writes leaves half a line, perhaps half a character, and no newline after it.
-    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
-    rows: list[dict[str, Any]] = []
-    for place, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if place < len(lines):
-                raise ConfigError(f"{path} line {place}: not JSON: {error.msg}") from error
-    return rows
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} line {error.lineno}: not JSON: {error.msg}") from error
-    return content
-
-
-def _unfinished(name: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The shape of result.json for a run that left none: what the config and the metrics know, nothing else."""
-    seen = 1 + max((row["stage"] for row in rows), default=-1)
-    num_stages = max((config.get("pipeline") or {}).get("stages", 1), seen)
-    # A validation counts once every head has it: only then can heads be compared.
-    valid = [heads for heads in plots.evaluations(rows, "valid").values() if len(heads) == num_stages]
-    test = [heads for heads in plots.evaluations(rows, "test").values() if len(heads) == num_stages]
-    last_train = {row["stage"]: row for row in rows if row["kind"] == "train"}
-    stages = []
-    for stage in range(num_stages):
-        row = last_train.get(stage, {})
-        costs = row.get("transport_cost_by_block") or {}
-        measured = ("local_loss", "task_loss", "transport_cost", "images_per_s", "wait_share")
-        stages.append(
-            {
-                "stage": stage,
-                "blocks": list(costs),
-                "valid_accuracy": valid[-1][stage] if valid else None,
-                "test_accuracy": test[-1][stage] if test else None,
-                "transport_cost_by_block": costs,
-                **{key: row.get(key) for key in measured},
-            }
-        )
-    return {
-        "status": "unfinished",
-        "name": (config.get("run") or {}).get("name", name),
-        "launcher": (config.get("launcher") or {}).get("name"),
-        "num_stages": num_stages,
-        "num_steps": max((row["step"] for row in last_train.values()), default=None),
-        "stages": stages,
-        "best_head": max(valid[-1], key=lambda stage: (valid[-1][stage], -stage)) if valid else None,
-        "last_head": num_stages - 1,
-    }
 
 
 def _panels(record: RunRecord) -> list[Panel]:
@@ -345,9 +111,17 @@ def _panels(record: RunRecord) -> list[Panel]:
             "Transport cost by block",
             "Last recorded cost of each residual block, in the order of the network; "
             "a gap between bars is a cut between stages.",
-            plots.transport_by_block(result["stages"], num_stages),
+            plots.cost_by_block(_costs(result["stages"]), num_stages, "transport cost of the block"),
             "No transport cost by block has been recorded.",
             "transport_by_block",
+        ),
+        Panel(
+            "Relative transport cost by block",
+            "Mean square of what each residual block adds, over that of what it takes, on validation images: "
+            "a block far above its neighbours moves most of what came in.",
+            plots.cost_by_block(_relative_costs(result["stages"]), num_stages, "relative transport cost"),
+            "No validation has been recorded yet, or no block has a residual.",
+            "relative_cost_by_block",
         ),
         Panel(
             "Waiting",
@@ -368,6 +142,14 @@ def _panels(record: RunRecord) -> list[Panel]:
     ]
     comparing = ("accuracy_by_stage", "waiting")  # a single stage has nothing to be compared with
     return [panel for panel in panels if num_stages > 1 or panel.file not in comparing]
+
+
+def _costs(stages: Iterable[Mapping[str, Any]]) -> plots.Costs:
+    return {stage["stage"]: stage.get("transport_cost_by_block") or {} for stage in stages}
+
+
+def _relative_costs(stages: Iterable[Mapping[str, Any]]) -> plots.Costs:
+    return {stage["stage"]: (stage.get("geometry") or {}).get("relative_cost_by_block") or {} for stage in stages}
 
 
 def _page(record: RunRecord) -> dict[str, Any]:
@@ -394,8 +176,10 @@ def _page(record: RunRecord) -> dict[str, Any]:
         "energy_header": ENERGY_HEADER,
         "energy": energy_rows(record.rows, record.num_stages),
         "stagnation": stagnation_line(stages),
+        "geometry_header": GEOMETRY_HEADER,
+        "geometry": geometry_rows(stages),
         "work_header": WORK_HEADER,
-        "work": _work_rows(stages),
+        "work": work_rows(stages),
         "config_text": record.config_text,
         "environment": [
             (key, ABSENT if value is None else str(value)) for key, value in (result.get("environment") or {}).items()
@@ -432,19 +216,3 @@ def _parameters(result: Mapping[str, Any]) -> tuple[str, str]:
     stages, heads = counts.get("stages"), counts.get("heads")
     total, extra = (None if some is None or None in some else sum(some) for some in (stages, heads))
     return count(total), f"and {count(extra)} in heads"
-
-
-def _work_rows(stages: Iterable[Mapping[str, Any]]) -> list[list[str]]:
-    return [
-        [
-            str(stage["stage"]),
-            percent(stage.get("compute_share")),
-            percent(stage.get("wait_share")),
-            percent(stage.get("send_wait_share")),
-            size(stage.get("bytes_sent")),
-            size(stage.get("peak_rss_bytes")),
-            count(stage.get("num_parameters")),
-            count(stage.get("head_parameters")),
-        ]
-        for stage in stages
-    ]

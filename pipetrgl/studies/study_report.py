@@ -14,10 +14,10 @@ from pipetrgl.launchers.environment import environment
 from pipetrgl.studies import plots, study_plots
 from pipetrgl.studies.intervals import Interval
 from pipetrgl.studies.page import drawing, render, require_extra
-from pipetrgl.studies.report import ABSENT
 from pipetrgl.studies.study import pair_of
 from pipetrgl.studies.study_results import Comparison, Summary, compare, summarise, to_csv, to_dict
 from pipetrgl.studies.trials import Outcome
+from pipetrgl.studies.wording import ABSENT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,7 +19,7 @@ from pipetrgl.errors import ConfigError
 from pipetrgl.launchers.start import describe
 from pipetrgl.launchers.trainings import Training
 from pipetrgl.studies import plots
-from pipetrgl.studies.report import read_run
+from pipetrgl.studies.record import read_run
 
 _CHOICE = "choice.json"
 _KEEP_ALL = 10**6  # checkpoints of a training, until one of them is chosen

@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 
 from pipetrgl.errors import ConfigError
-from pipetrgl.studies.report import (
-    ABSENT,
+from pipetrgl.studies.record import read_run
+from pipetrgl.studies.report import write_report
+from pipetrgl.studies.tables import (
     ENERGY_HEADER,
+    GEOMETRY_HEADER,
     TABLE_HEADER,
-    duration,
     energy_rows,
-    number,
-    read_run,
+    geometry_rows,
     stagnation_line,
     table_rows,
-    write_report,
 )
+from pipetrgl.studies.wording import ABSENT, duration, number
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -238,3 +238,25 @@ def test_the_diagnostics_are_explained_where_there_are_stages_to_compare(tmp_pat
     assert "Stagnation index: 0.0 points" in page
     assert "Training means over each stage's last epoch." in page
     assert "Diagnostics" not in write_report(finished_run(tmp_path / "one", 1)).read_text()
+
+
+def test_the_geometry_names_the_block_that_moves_most() -> None:
+    geometry = {
+        "straightness": 0.5,
+        "monotone_share": None,  # the stage changes the shape
+        "monotone_share_by_block": {"layer1.0": 1.0, "layer1.1": 0.75},
+        "relative_cost_by_block": {"layer1.0": 0.125, "layer1.1": 2.5, "layer2.0": None},
+    }
+    rows = geometry_rows([{"stage": 0}, {"stage": 1, "geometry": geometry}])
+    assert rows == [["1", "0.500", ABSENT, "75.0 %", "2.50", "layer1.1"]]
+    assert len(rows[0]) == len(GEOMETRY_HEADER)
+
+
+def test_the_geometry_of_a_run_that_was_interrupted_is_reported(tmp_path: Path) -> None:
+    run = interrupted_run(tmp_path / "run")
+    row = {"kind": "geometry", "stage": 1, "step": 20, "straightness": 0.25, "monotone_share": 1.0}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**row, "monotone_share_by_block": {}, "relative_cost_by_block": {"b": 0.5}}) + "\n")
+    page = write_report(run).read_text()
+    assert "Pairs in order" in page and "0.250" in page
+    assert (run / "plots/relative_cost_by_block.png").is_file()
