@@ -1,4 +1,4 @@
-"""The command line, one function a command: train, validate, plan, simulate, bench, study, memory, report, schema."""
+"""The command line, one function a command: train, evaluate, export, plan, simulate, bench, study, memory and more."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -22,6 +22,8 @@ from pipetrgl.console import Progress, print_result
 from pipetrgl.engine.checkpoint import write_atomically
 from pipetrgl.errors import ConfigError, Interrupted, PipetrglError
 from pipetrgl.launchers.environment import environment
+from pipetrgl.launchers.scoring import checkpoint_of, export_run
+from pipetrgl.launchers.scoring import score as score_heads
 from pipetrgl.launchers.signals import stop_on_signals
 from pipetrgl.launchers.start import describe
 from pipetrgl.launchers.start import train as start_training
@@ -36,6 +38,7 @@ from pipetrgl.studies.report import write_report
 from pipetrgl.studies.study import run_study
 from pipetrgl.studies.study_report import write_answer
 from pipetrgl.studies.turns import measure as take_turns
+from pipetrgl.studies.wording import size
 
 app = typer.Typer(
     add_completion=False,
@@ -46,6 +49,10 @@ app = typer.Typer(
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, see configs/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. train.epochs=3 model.cuts=[2,2]")]
+
+
+RunPath = Annotated[Path, typer.Argument(help="Folder of a run.")]
+Step = Annotated[int | None, typer.Option(min=0, help="Of which checkpoint; unset: the newest.")]
 
 
 @app.command()
@@ -166,6 +173,34 @@ def schema() -> None:
 def report(run: Annotated[Path, typer.Argument(help="Folder of a run or a bench.")]) -> None:
     """Write report.html of a run or a bench, finished or not."""
     print(_write_report(run))
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    *,
+    step: Step = None,
+    split: Annotated[Literal["test", "valid"], typer.Option(help="Which images.")] = "test",
+) -> None:
+    """Score every head of a run's checkpoint, in this process; trains nothing."""
+    checkpoint = checkpoint_of(run, step)
+    print(f"{run}, step {checkpoint.step}, {split} split")
+    for stage, score in enumerate(score_heads(run, checkpoint.step, split)):
+        print(f"stage {stage}: accuracy {100 * score.accuracy:.2f} %, cross-entropy {score.loss:.4f}")
+
+
+@app.command()
+def export(
+    run: RunPath,
+    *,
+    head: Annotated[str, typer.Option(help="best (on the validation split), last, or the number of a stage.")] = "best",
+    step: Step = None,
+    out: Annotated[Path, typer.Option(help="Where the file goes.")] = Path("model.safetensors"),
+) -> None:
+    """Write a run's network up to one head as one file; `pipetrgl.export.load` gives it back as an nn.Module."""
+    done = export_run(run, step, head, out)
+    print(f"blocks of stages 0 to {done.head} and the head of stage {done.head}, step {done.step}")
+    print(f"{done.path}: {size(done.num_bytes)}")
 
 
 def outline(blueprint: Blueprint) -> str:

@@ -172,3 +172,19 @@ def test_progress_of_one_stage_at_a_time_names_it_and_the_report_is_written(tmp_
     cut = pipetrgl(tmp_path, "train", "config.yaml", "train.max_steps=9", "run.name=cut")
     assert cut.returncode == 0, cut.stderr  # stage 1 has no row of its own
     assert list(tmp_path.glob("runs/cut-*/report.html"))
+
+
+def test_a_run_is_scored_again_and_exported(tmp_path: Path) -> None:
+    config = tiny("mlp", tmp_path, pipeline={"stages": 2}, launcher={"name": "serial"}, train={"max_steps": 6})
+    (tmp_path / "tiny.yaml").write_text(dump(config))
+    assert pipetrgl(tmp_path, "train", "tiny.yaml").returncode == 0
+    (run,) = tmp_path.glob("trgl-*")
+    scored = pipetrgl(tmp_path, "evaluate", run.name)
+    stages = json.loads((run / "result.json").read_text())["stages"]
+    for stage in stages:
+        assert f"stage {stage['stage']}: accuracy {100 * stage['test_accuracy']:.2f} %" in scored.stdout
+    exported = pipetrgl(tmp_path, "export", run.name, "--head", "last", "--out", "there/model.safetensors")
+    assert "blocks of stages 0 to 1 and the head of stage 1, step 6" in exported.stdout
+    assert (tmp_path / "there/model.safetensors").is_file()
+    assert "is not a run folder" in refused(pipetrgl(tmp_path, "export", "there"))
+    assert "'7' is not allowed" in refused(pipetrgl(tmp_path, "export", run.name, "--head", "7"))

@@ -103,9 +103,7 @@ class Checkpoint:
         """Set weights, buffers, optimizer and sums of a stage, from whichever files hold its names."""
         prefixes = (f"metrics.{stage.span}.", *(f"{kind}.{stage.last_block}." for kind in ("objective", "precision")))
         wanted = stage.state().keys()
-        found: dict[str, Tensor] = {}
-        for file in sorted(self.files):
-            found.update(_read_tensors(self.folder / file, lambda name: _belongs(name, wanted, prefixes)))
+        found = self.tensors(lambda name: _belongs(name, wanted, prefixes))
         missing = stage.load_state(found)
         if missing:
             logger.warning(
@@ -114,6 +112,17 @@ class Checkpoint:
             )  # fmt: skip
         prefix = f"metrics.{stage.span}."
         metrics.load_state({k.removeprefix(prefix): tensor for k, tensor in found.items() if k.startswith(prefix)})
+
+    def tensors(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Those whose names are wanted, from whichever files hold them.
+
+        Raises:
+            ConfigError: a file is no safetensors file.
+        """
+        found: dict[str, Tensor] = {}
+        for file in sorted(self.files):
+            found.update(_read_tensors(self.folder / file, wanted))
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """For workers, who need not verify the files again."""
