@@ -9,7 +9,7 @@ from typing import Protocol, final
 import torch
 from torch import Tensor, nn
 
-from pipetrgl.blocks import BlockSpec
+from pipetrgl.blocks import BlockOutput, BlockSpec
 from pipetrgl.channels.contracts import ReplicaGroup
 from pipetrgl.channels.gradients import GradientSum
 from pipetrgl.channels.replicas import add_up
@@ -118,7 +118,7 @@ class Stage:
         z = _moved(micro_batch.activation, self.device)
         micro_batch = micro_batch.carrying(z)
         with torch.set_grad_enabled(train):
-            activation, names, costs = self._run_blocks(micro_batch, train)
+            activation, names, costs = self._activate(micro_batch, train)
             with self._precision.computing():
                 logits = self.head(activation)
             activation, logits = activation.float(), logits.float()  # what leaves, and every loss, whatever computed it
@@ -253,21 +253,27 @@ class Stage:
 
     def walk(self, micro_batch: MicroBatch, train: bool) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         """Run the blocks one by one: the name of each, its activation, and its transport cost if it has one."""
+        start: Tensor | None = None
+        for position, (name, x, output) in enumerate(self.run_blocks(micro_batch, train)):
+            if position == self._first_counted:
+                start = x
+            cost = self.objective.measure(x, output)
+            if position == self._last_counted and cost is None:
+                assert start is not None
+                cost = self.objective.measure_stage(start, output.activation)
+            yield name, output.activation, cost
+
+    def run_blocks(self, micro_batch: MicroBatch, train: bool) -> Iterator[tuple[str, Tensor, BlockOutput]]:
+        """Run the blocks one by one: the name of each, what it takes, and what it gives."""
         x = self._precision.entering(_moved(micro_batch.activation, self.device))
-        start = x
-        for position, (spec, block, call) in enumerate(zip(self.specs, self.blocks, self._calls, strict=True)):
+        for spec, block, call in zip(self.specs, self.blocks, self._calls, strict=True):
             if train:
                 seed = derive(self._seed, "dropout", spec.name, micro_batch.step)
                 self._reseed(block, seed, micro_batch.row_start, micro_batch.batch_rows)
-            if position == self._first_counted:
-                start = x
             with self._precision.computing():
                 output = call(x)
-            cost = self.objective.measure(x, output)
+            yield spec.name, x, output
             x = output.activation
-            if position == self._last_counted and cost is None:
-                cost = self.objective.measure_stage(start, x)
-            yield spec.name, x, cost
 
     def _observe(self, logits: Tensor, target: Tensor, num_rows: int) -> None:
         """Let a multiplier see the step's first micro-batch: of all replicas, whose multipliers stay the same."""
@@ -276,7 +282,7 @@ class Stage:
             loss = add_up(self.replicas, loss * (len(target) / num_rows))
         self.objective.weight.observe(loss, self.num_updates)
 
-    def _run_blocks(self, micro_batch: MicroBatch, train: bool) -> tuple[Tensor, tuple[str, ...], list[Tensor]]:
+    def _activate(self, micro_batch: MicroBatch, train: bool) -> tuple[Tensor, tuple[str, ...], list[Tensor]]:
         names: list[str] = []
         costs: list[Tensor] = []
         for name, activation, cost in self.walk(micro_batch, train):

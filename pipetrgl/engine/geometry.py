@@ -43,15 +43,14 @@ class Geometry:
         if micro_batch.split is not Split.VALID or micro_batch.is_tick:
             return
         if not self._begun:
-            z = micro_batch.activation
-            assert isinstance(z, Tensor)  # every block takes one tensor
+            first = range(micro_batch.row_start, micro_batch.row_start + _MAX_ROWS)
             self._sink(
                 {
                     "kind": "geometry",
                     "stage": self._stage.index,
                     "step": micro_batch.step,
                     "epoch": micro_batch.epoch,
-                    **measure(self._stage, z[:_MAX_ROWS].to(self._stage.device)),
+                    **measure(self._stage, micro_batch.share(first)),
                 }
             )
         self._begun = not micro_batch.closes_split
@@ -61,30 +60,25 @@ class Geometry:
 
 
 @torch.no_grad()
-def measure(stage: Stage, z: Tensor) -> Row:
-    """The numbers of one row, each None where it is not defined or not finite.
-
-    Args:
-        stage: in eval mode.
-        z: what comes into the stage, (N, ...).
-    """
+def measure(stage: Stage, micro_batch: MicroBatch) -> Row:
+    """The numbers of one row, each None where it is not defined or not finite; the stage is in eval mode."""
     relative: dict[str, float | None] = {}
     monotone: dict[str, float | None] = {}
     steps: list[Tensor] = []
-    x = z
-    for spec, block in zip(stage.specs, stage.blocks, strict=True):
-        output = block(x)
+    z: Tensor | None = None
+    for name, x, output in stage.run_blocks(micro_batch, train=False):
+        z, y = x if z is None else z, output.activation
         if output.residuals:
             residuals = [_value(residual) for residual in output.residuals]
-            relative[spec.name] = relative_cost(x, residuals)
+            relative[name] = relative_cost(x, residuals)
             steps += residuals
-            if x.shape == output.activation.shape:
-                monotone[spec.name] = monotone_share(x, output.activation)
-        x = output.activation
+            if x.shape == y.shape:
+                monotone[name] = monotone_share(x, y)
+    assert z is not None
     return {
-        "num_samples": len(z),
+        "num_samples": micro_batch.num_rows,
         "straightness": straightness(steps),
-        "monotone_share": monotone_share(z, x) if z.shape == x.shape else None,
+        "monotone_share": monotone_share(z, y) if z.shape == y.shape else None,
         "monotone_share_by_block": monotone,
         "relative_cost_by_block": relative,
     }
@@ -143,8 +137,8 @@ def relative_cost(x: Tensor, residuals: Sequence[Tensor]) -> float | None:
     Returns:
         None where x is 0 or a value is not finite.
     """
-    before = float(x.float().square().mean())
-    after = sum(float(residual.float().square().mean()) for residual in residuals)
+    before = _square(x) / x.numel()
+    after = sum(_square(residual) / residual.numel() for residual in residuals)
     return _finite(after / before) if before > 0 else None
 
 
@@ -154,7 +148,8 @@ def _value(residual: Residual) -> Tensor:
 
 
 def _square(x: Tensor) -> float:
-    return float(x.double().square().sum())
+    # contiguous: the order of a sum, and with it its last bits, must not depend on the layout in memory
+    return float(x.double().contiguous().square().sum())
 
 
 def _finite(value: float) -> float | None:

@@ -64,7 +64,7 @@ def test_every_residual_block_of_every_network_is_measured(tmp_path: Path, model
     with build_loader(Job(blueprint, tmp_path, {})) as loader:
         batch = next(iter(loader))
     costs = stage.forward(batch, train=False).cost_names
-    row = measure(stage, batch.activation)
+    row = measure(stage, batch)
     assert tuple(row["relative_cost_by_block"]) == costs != ()
     assert min(row["relative_cost_by_block"].values()) > 0
     assert 0 < row["straightness"] <= 1
