@@ -189,8 +189,7 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device, replicas
 
 
 def build_trainee(job: Job, stage: Stage) -> loop.Trainee:
-    """The stage as the loop trains it: watched for values that are not finite, meeting the faults to rehearse, and
-    recalling its input where it may."""
+    """The stage as the loop trains it: watched for non-finite values, rehearsing faults, recalling its input."""
     blueprint, config = job.blueprint, job.blueprint.config
     emulated = config.pipeline.device == "emulated"
     trainee = _emulated(blueprint, stage) if emulated else watch(stage, config.train.on_nonfinite)

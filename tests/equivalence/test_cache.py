@@ -97,9 +97,8 @@ def test_frozen_stages_run_forward_and_images_are_read_in_the_first_epoch_of_a_p
     assert sum(images) == (2 + 1 + 1) * 50
 
 
-@pytest.mark.parametrize("launcher", ["threads", "local"])
-def test_an_activation_crosses_a_link_in_the_first_epoch_of_a_phase_only(tmp_path: Path, launcher: str) -> None:
-    config = cached("disk", "mlp", tmp_path, "sequential", 3, launcher, evaluate=NO_EVALUATION)
+def test_an_activation_crosses_a_link_in_the_first_epoch_of_a_phase_only(tmp_path: Path) -> None:
+    config = cached("disk", "mlp", tmp_path, "sequential", 3, "local", evaluate=NO_EVALUATION)
     result = json.loads((run(config) / "result.json").read_text())
     (width,) = draw_up(config, describe(config)).output_shape(0)
     #  50 images, of the phase of stage 1 and of that of stage 2
