@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipetrgl.config.planned import read_plan
 from pipetrgl.config.schema import Config
 from pipetrgl.data.dataset import DataSpec
 from pipetrgl.data.itinerary import Itinerary
+from pipetrgl.data.seen import NothingSeen, Seen, SeenInPhase
 from pipetrgl.errors import ModelError
 from pipetrgl.models import heads, zoo
 from pipetrgl.models.batchnorm import BatchNorm2d
@@ -106,6 +108,19 @@ class Blueprint:
             return {}
         own = self.itinerary.sweep.num_updates
         return {self.blocks(stage)[0].name: own(stage, num_taken) for stage in range(self.num_stages)}
+
+    def seen(self, first_step: int) -> Seen:
+        """What the learning stage recalls in a stream that begins with `first_step`."""
+        if self.config.train.cache == "none":
+            return NothingSeen()
+        return SeenInPhase(self.itinerary, self.config.seed, self.spec.num_train, first_step)
+
+    def cache_bytes(self, stage: int) -> int:
+        """What `train.cache` keeps of a stage's input while it learns, in memory or on disk; float32."""
+        seen, phases = self.seen(0), self.itinerary.sweep.phases
+        if not any(seen.again(phase.steps.start) for phase in phases if stage in phase.learners):
+            return 0
+        return self.spec.num_train * math.prod(self.input_shape(stage)) * torch.float32.itemsize
 
     @property
     def max_rows(self) -> int:

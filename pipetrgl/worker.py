@@ -23,6 +23,7 @@ from pipetrgl.data import catalogue
 from pipetrgl.data.dataset import Dataset
 from pipetrgl.data.loader import Ends, Loader
 from pipetrgl.engine import loop
+from pipetrgl.engine.cache import CACHES
 from pipetrgl.engine.checkpoint import Checkpoint
 from pipetrgl.engine.emulated import Device, EmulatedStage, Times
 from pipetrgl.engine.evaluate import Evaluation
@@ -33,8 +34,9 @@ from pipetrgl.engine.idle import IdlingStage, TickingOutbox
 from pipetrgl.engine.listen import Listen
 from pipetrgl.engine.metrics import Row, Sink, TrainMetrics
 from pipetrgl.engine.nonfinite import watch
-from pipetrgl.engine.phases import Parallel, Plan, plan_of
+from pipetrgl.engine.phases import Parallel, Plan, Recalling, plan_of
 from pipetrgl.engine.pulse import Pulse, PulsedStage
+from pipetrgl.engine.recall import RecallingStage
 from pipetrgl.engine.saving import SaveCheckpoints, SaveSchedule
 from pipetrgl.engine.trace import Trace, TracedInbox, TracedOutbox, TracedStage, TraceHook
 from pipetrgl.memory import keep_freed_memory, peak_rss_bytes
@@ -122,7 +124,7 @@ def run_worker(
         spans = Trace(trace.first_step, trace.num_steps, place.rank, _title(blueprint, place), links.clock_offset_s)
         hooks = build_hooks(job, stage, inbox, outbox, sink if place.replica == 0 else _for_all(sink))
         hooks = [*hooks, TraceHook(spans, place.stage, sink), Listen(alarm)]
-        plan = build_plan(blueprint)
+        plan = build_plan(job)
         traced = TracedStage(PulsedStage(build_trainee(job, stage), pulse), spans)
         trainee, out = _idling(plan, traced, TracedOutbox(outbox, spans))
         loop.run(trainee, TracedInbox(inbox, spans), out, plan, hooks)
@@ -188,11 +190,15 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device, replicas
 
 
 def build_trainee(job: Job, stage: Stage) -> loop.Trainee:
-    """The stage as the loop trains it: watched for values that are not finite, and meeting the faults to rehearse."""
-    config = job.blueprint.config
+    """The stage as the loop trains it: watched for non-finite values, rehearsing faults, recalling its input."""
+    blueprint, config = job.blueprint, job.blueprint.config
     emulated = config.pipeline.device == "emulated"
-    trainee = _emulated(job.blueprint, stage) if emulated else watch(stage, config.train.on_nonfinite)
-    return rehearse(trainee, config.launcher.faults, job.run)
+    trainee = _emulated(blueprint, stage) if emulated else watch(stage, config.train.on_nonfinite)
+    trainee = rehearse(trainee, config.launcher.faults, job.run)
+    if blueprint.cache_bytes(stage.index) == 0:
+        return trainee
+    cache = CACHES[config.train.cache](job.run, blueprint.spec.num_train, blueprint.input_shape(stage.index))
+    return RecallingStage(trainee, blueprint.seen(job.first_step), cache)
 
 
 def _emulated(blueprint: Blueprint, stage: Stage) -> EmulatedStage:
@@ -201,20 +207,22 @@ def _emulated(blueprint: Blueprint, stage: Stage) -> EmulatedStage:
     return EmulatedStage(stage, shape, num_classes, blueprint.max_rows, Times(blueprint.config, stage.index), Device())
 
 
-def build_plan(blueprint: Blueprint) -> Plan:
+def build_plan(job: Job) -> Plan:
     """Which stage learns when."""
-    return plan_of(blueprint.config.train.order, blueprint.itinerary.sweep)
+    train = job.blueprint.config.train
+    plan = plan_of(train.order, job.blueprint.itinerary.sweep)
+    return plan if train.cache == "none" else Recalling(plan, job.blueprint.seen(job.first_step))
 
 
 def build_loader(job: Job, replicas: ReplicaGroup | None = None) -> Loader:
     """Stage 0's inbox: of all rows, or of one replica's share; its group ends the stream together."""
-    config, world = job.blueprint.config, job.blueprint.world
+    config, world, seen = job.blueprint.config, job.blueprint.world, job.blueprint.seen(job.first_step)
     ends: Ends = job.stop
     share = None
     if replicas is not None and replicas.num_replicas > 1:
         place = world.place(world.rank(0, replicas.replica))
         ends, share = Agreed(job.stop, replicas), functools.partial(world.share, place)
-    return Loader(job.dataset(), job.blueprint.itinerary, config.data, config.seed, job.first_step, ends, share)
+    return Loader(job.dataset(), job.blueprint.itinerary, config.data, config.seed, job.first_step, ends, share, seen)
 
 
 def _share_out(modules: Sequence[torch.nn.Module], replicas: ReplicaGroup, config: Config) -> GradientSum:

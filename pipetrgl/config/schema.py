@@ -251,6 +251,9 @@ class TrainConfig(Section):
     """sequential and multi_lap: stage i learns for epochs + i * epochs_growth epochs."""
     laps: Positive = 1
     """multi_lap: sweeps over all stages."""
+    cache: Literal["none", "memory", "disk"] = "none"
+    """sequential and multi_lap, without augmentation: the learning stage keeps what it is handed in the first epoch of
+    its phase, in memory or in the run folder, and the stages before it rest in the later ones; see docs/method.md."""
     max_steps: Positive | None = None
     """End after this many optimizer steps of the whole run, wherever in an epoch that is."""
     batch: Positive = 64
@@ -292,6 +295,10 @@ class TrainConfig(Section):
             faults.append("epochs_growth: only used with train.order: sequential or multi_lap")
         if "laps" in self.model_fields_set and self.order != "multi_lap":
             faults.append("laps: only used with train.order: multi_lap")
+        if self.cache != "none" and self.order == "parallel":
+            faults.append("cache: only used with train.order: sequential or multi_lap; else no stage is ever frozen")
+        elif self.cache != "none" and self.epochs == 1 and self.epochs_growth == 0:
+            faults.append("cache: every stage learns for one epoch at a time, so nothing is ever recalled")
         _raise(faults)
         return self
 
@@ -586,6 +593,29 @@ class Config(Section):
             f"to {stages - 1}"
             for number, fault in enumerate(self.launcher.faults)
             if fault.stage >= stages
+        ]
+        _raise(faults)
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_recalled_stays_true(self) -> Config:
+        cache, faults = self.train.cache, []
+        if cache == "none":
+            return self
+        if self.data.crop_padding > 0:
+            faults.append(f"data.crop_padding: not with train.cache: {cache}, which recalls an image as it first was")
+        if self.data.flip:
+            faults.append(f"data.flip: not with train.cache: {cache}, which recalls an image as it first was")
+        if self.pipeline.stages == 1:
+            faults.append(f"train.cache: {cache} needs a frozen stage before the learning one; pipeline.stages is 1")
+        if max(self.pipeline.replica_counts) > 1:
+            faults.append(f"pipeline.replicas: not with train.cache: {cache}; a replica is handed other rows each time")
+        if self.pipeline.device == "emulated":
+            faults.append(f"train.cache: {cache} has nothing to keep; emulated stages hand on zeros")
+        faults += [
+            f"launcher.faults.{number}.action: nan not with train.cache: {cache}, which would keep it beyond its steps"
+            for number, fault in enumerate(self.launcher.faults)
+            if fault.action == "nan"
         ]
         _raise(faults)
         return self

@@ -110,6 +110,11 @@ class Itinerary:
             yield from self._evaluations(step + 1, index)
             index += self._num_evaluation_stops(step + 1)
 
+    def visited_rows(self, first_step: int) -> range:
+        """Of the order of the epoch of `first_step`: those in its training batches from that step on."""
+        start = first_step % self.steps_per_epoch * self._train.batch
+        return range(start, self._spec.num_train // self._train.batch * self._train.batch + self._rest)
+
     def first_index(self, first_step: int) -> int:
         """Index of the first micro-batch of `stops(first_step)`."""
         return self._num_stops_before(first_step) - self._num_evaluation_stops(first_step)

@@ -19,13 +19,14 @@ from pipetrgl.data.augment import crop_and_flip, normalise
 from pipetrgl.data.dataset import Dataset, Indices
 from pipetrgl.data.itinerary import Itinerary, Stop
 from pipetrgl.data.order import Draws, epoch_draws, epoch_order
+from pipetrgl.data.seen import NothingSeen, Seen
 from pipetrgl.microbatch import MicroBatch, Split
 
 
 @dataclass(frozen=True, eq=False)
 class _Prepared:
     stop: Stop
-    images: NDArray[np.float32]
+    images: NDArray[np.float32] | None  # None: a tick
     labels: Indices
     positions: Indices
 
@@ -61,6 +62,7 @@ class Loader:
     Args:
         ends: where it is set, the stream ends before its time, after a whole optimizer step.
         share: of the rows of a micro-batch, those that this replica of stage 0 reads.
+        seen: what the learning stage recalls by itself; no image of it is read.
 
     Attributes:
         waited_s: time in which the stage waited for a micro-batch.
@@ -75,9 +77,11 @@ class Loader:
         first_step: int = 0,
         ends: Ends | None = None,
         share: Callable[[range], range] | None = None,
+        seen: Seen | None = None,
     ) -> None:
         self.waited_s = 0.0
         self._ends = ends or threading.Event()
+        self._seen = seen or NothingSeen()
         self._between_steps = True
         self._dataset = dataset
         self._config = config
@@ -167,11 +171,14 @@ class Loader:
 
     def _training(self, stop: Stop, epoch: _Epoch) -> _Prepared:
         positions = epoch.order[stop.first_row : stop.end_row].copy()
+        labels = self._dataset.train.labels[positions]
+        if self._seen.all(stop.step, positions):
+            return _Prepared(stop, None, labels, positions)
         images = self._dataset.train.read(positions)
         if self._config.crop_padding or self._config.flip:
             images = crop_and_flip(images, epoch.draws.at(positions), self._config.crop_padding)
         normal = normalise(images, self._dataset.mean, self._dataset.std)
-        return _Prepared(stop, normal, self._dataset.train.labels[positions], positions)
+        return _Prepared(stop, normal, labels, positions)
 
     def _evaluation(self, stop: Stop) -> _Prepared:
         samples = self._dataset.valid if stop.split is Split.VALID else self._dataset.test
@@ -183,7 +190,7 @@ class Loader:
 def _micro_batch(item: _Prepared) -> MicroBatch:
     stop = item.stop
     return MicroBatch(
-        activation=_tensor(item.images),
+        activation=() if item.images is None else _tensor(item.images),
         target=_tensor(item.labels),
         positions=_tensor(item.positions),
         split=stop.split,

@@ -25,7 +25,7 @@ NOTHING = StageOutput(torch.empty(0), torch.empty(0), LocalLoss(_ZERO, _ZERO, _Z
 
 @final
 class IdlingStage:
-    """A stage that makes nothing of a tick."""
+    """A stage that computes nothing while it is idle."""
 
     def __init__(self, stage: Trainee, plan: Plan) -> None:
         self._stage = stage
@@ -36,8 +36,9 @@ class IdlingStage:
         return self._stage.index
 
     def forward(self, micro_batch: MicroBatch, train: bool) -> StageOutput:
-        assert micro_batch.is_tick == (self._plan.role(self.index, micro_batch) is Role.IDLE)
-        return NOTHING if micro_batch.is_tick else self._stage.forward(micro_batch, train)
+        assert micro_batch.is_tick != self._plan.feeds(self.index, micro_batch)
+        idle = self._plan.role(self.index, micro_batch) is Role.IDLE
+        return NOTHING if idle else self._stage.forward(micro_batch, train)
 
     def backward(self, output: StageOutput, micro_batch: MicroBatch) -> None:
         self._stage.backward(output, micro_batch)
@@ -48,7 +49,7 @@ class IdlingStage:
 
 @final
 class TickingOutbox:
-    """An outbox that sends a tick wherever its receiver, `stage`, is idle."""
+    """An outbox that sends a tick wherever its receiver, `stage`, needs no more: it is idle, or recalls its input."""
 
     def __init__(self, outbox: Outbox, plan: Plan, stage: int) -> None:
         self._outbox = outbox
@@ -68,8 +69,8 @@ class TickingOutbox:
         return self._outbox.received_index
 
     def send(self, micro_batch: MicroBatch) -> None:
-        idle = self._plan.role(self._stage, micro_batch) is Role.IDLE
-        self._outbox.send(micro_batch.carrying(()) if idle else micro_batch)
+        fed = self._plan.feeds(self._stage, micro_batch)
+        self._outbox.send(micro_batch if fed else micro_batch.carrying(()))
 
     def close(self) -> None:
         self._outbox.close()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 from typing import Protocol, final
 
+from pipetrgl.data.seen import Seen
 from pipetrgl.data.sweep import Sweep
 from pipetrgl.microbatch import MicroBatch, Split
 
@@ -27,7 +28,10 @@ class Plan(Protocol):
     """One training order."""
 
     def role(self, stage: int, micro_batch: MicroBatch) -> Role:
-        """TRAIN: learns from it; PASS: eval mode without graph; IDLE: gets a tick, as do all stages behind it."""
+        """TRAIN: learns from it; PASS: eval mode without graph; IDLE: gets a tick, and makes nothing of it."""
+
+    def feeds(self, stage: int, micro_batch: MicroBatch) -> bool:
+        """Whether the stage is handed an activation; else it gets a tick."""
 
 
 @final
@@ -36,6 +40,9 @@ class Parallel:
 
     def role(self, stage: int, micro_batch: MicroBatch) -> Role:
         return Role.TRAIN if micro_batch.split is Split.TRAIN else Role.PASS
+
+    def feeds(self, stage: int, micro_batch: MicroBatch) -> bool:
+        return True
 
 
 @final
@@ -55,6 +62,34 @@ class OneByOne:
         if stage in learners:
             return Role.TRAIN
         return Role.PASS if stage < learners.start else Role.IDLE
+
+    def feeds(self, stage: int, micro_batch: MicroBatch) -> bool:
+        return self.role(stage, micro_batch) is not Role.IDLE
+
+
+@final
+class Recalling:
+    """An order whose learner recalls what it was handed before; the stages before it are idle meanwhile.
+
+              sequential      with recall, 2 epochs each
+    stage 0   ■ ■ ─ ─ ─ ─     ■ ■ ─ · ─ ·
+    stage 1   · · ■ ■ ─ ─     · · ■ ■ ─ ·
+    stage 2   · · · · ■ ■     · · · · ■ ■
+    """
+
+    def __init__(self, plan: Plan, seen: Seen) -> None:
+        self._plan = plan
+        self._seen = seen
+
+    def role(self, stage: int, micro_batch: MicroBatch) -> Role:
+        role = self._plan.role(stage, micro_batch)
+        return Role.IDLE if role is Role.PASS and self._recalls(micro_batch) else role
+
+    def feeds(self, stage: int, micro_batch: MicroBatch) -> bool:
+        return self._plan.feeds(stage, micro_batch) and not self._recalls(micro_batch)
+
+    def _recalls(self, micro_batch: MicroBatch) -> bool:
+        return micro_batch.split is Split.TRAIN and self._seen.all(micro_batch.step, micro_batch.positions.numpy())
 
 
 def plan_of(order: str, sweep: Sweep) -> Plan:

@@ -27,7 +27,7 @@ def launch(job: Job, sink: Sink, budget: Budget) -> None:
     configure_torch(blueprint.config.train)
     codec = CODECS[blueprint.config.channel.codec]
     device = torch.device(blueprint.config.pipeline.hardware)
-    plan = build_plan(blueprint)
+    plan = build_plan(job)
     stages = [build_stage(blueprint, index, device) for index in range(blueprint.num_stages)]
     loader = build_loader(job)
     hooks = [build_hooks(job, stage, loader, NullOutbox(), sink) for stage in stages]
@@ -51,7 +51,7 @@ def run(
     for micro_batch in inbox:
         for stage, watchers in zip(stages, hooks, strict=True):
             role = plan.role(stage.index, micro_batch)
-            if role is Role.IDLE:  # and so are all stages behind it: they only count the steps
+            if role is Role.IDLE:  # it only counts the steps
                 for hook in watchers:
                     hook(micro_batch.carrying(()), NOTHING)
                 continue

@@ -46,6 +46,7 @@ class StageFootprint:
         parameters: of blocks and head; their gradients take as much again.
         optimizer: what the optimizer remembers.
         links: the inbox's slots (of stage 0: the loader's batches), and the one micro-batch that is being sent.
+        cache: what `train.cache` keeps while the stage learns.
     """
 
     span: str
@@ -57,6 +58,7 @@ class StageFootprint:
     parameters: int
     optimizer: int
     links: int
+    cache: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Footprint:
         rows: of a training micro-batch.
         num_micro_batches: M, of GPipe and 1F1B.
         end_to_end: the same blocks with one loss at the last head, in one worker.
+        cache: `train.cache`: where that is.
     """
 
     network: str
@@ -75,6 +78,7 @@ class Footprint:
     num_micro_batches: int
     end_to_end: StageFootprint
     stages: tuple[StageFootprint, ...]
+    cache: str
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def footprint(config: Config, spec: DataSpec, num_micro_batches: int | None = No
     num_micro = num_micro_batches or config.pipeline.stages
     stages = tuple(_stage_footprint(variants, k, num_micro) for k in range(config.pipeline.stages))
     name, rows = variants[0].network.name, _training_rows(config)
-    return Footprint(name, rows, num_micro, _end_to_end(variants[0]), stages)
+    return Footprint(name, rows, num_micro, _end_to_end(variants[0]), stages, config.train.cache)
 
 
 def _stage_footprint(variants: Sequence[Blueprint], k: int, num_micro_batches: int) -> StageFootprint:
@@ -123,6 +127,7 @@ def _stage_footprint(variants: Sequence[Blueprint], k: int, num_micro_batches: i
         parameters=parameter_bytes(stage),
         optimizer=optimizer_bytes(stage),
         links=link_bytes(vangl, k),
+        cache=vangl.cache_bytes(k),
     )
 
 
@@ -185,6 +190,7 @@ def link_bytes(blueprint: Blueprint, stage: int) -> int:
 def table(counted: Footprint, peaks: tuple[int, ...] | None = None) -> str:
     """The footprint as text, in MiB; with `peaks`, measured peak RSS of every stage and then of end-to-end training."""
     columns = ["VanGL", "TRGL", "stored r", "GPipe", "1F1B", "parameters", "optimizer", "links"]
+    columns += {"none": [], "memory": ["cache"], "disk": ["cache on disk"]}[counted.cache]
     whole = counted.end_to_end
     lines = [
         f"{counted.network}, {counted.rows} rows a micro-batch; GPipe and 1F1B: M = {counted.num_micro_batches}; MiB",
@@ -196,6 +202,7 @@ def table(counted: Footprint, peaks: tuple[int, ...] | None = None) -> str:
         saved = (row.vangl, row.identity, row.stored, row.gpipe, row.one_f_one_b)
         cells = [f"{_mib(value)} {100 * value / whole.vangl:3.0f} %" for value in saved]
         cells += [_mib(value) for value in (row.parameters, row.optimizer, row.links)]
+        cells += [_mib(row.cache)] if counted.cache != "none" else []
         cells += [_mib(peaks[position])] if peaks else []
         lines.append(f"{name:12}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells))
     largest = {
@@ -233,6 +240,7 @@ def _end_to_end(vangl: Blueprint) -> StageFootprint:
         parameters=parameter_bytes(stage),
         optimizer=optimizer_bytes(stage),
         links=link_bytes(whole, 0),
+        cache=0,
     )
 
 

@@ -100,6 +100,43 @@ def test_options_of_an_order_are_refused_in_another(train: dict[str, Any], fault
         TrainConfig.model_validate(train)
 
 
+CACHED = {
+    "train": {"order": "sequential", "epochs": 2, "cache": "memory"}, "pipeline": {"stages": 2},
+    "data": {"name": "synthetic"},
+}  # fmt: skip
+EMULATED = {"device": "emulated", "emulated": {"forward_s": 0.0, "backward_s": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "faults"),
+    [
+        ({"train": {"order": "parallel"}}, [r"train\n.*cache: only used with train.order: sequential or multi_lap"]),
+        ({"train": {"epochs": 1}}, ["cache: every stage learns for one epoch at a time"]),
+        (
+            {"data": {"crop_padding": 4, "flip": True}},
+            ["data.crop_padding: not with train.cache: memory", "data.flip: not with train.cache: memory"],
+        ),
+        ({"pipeline": {"stages": 1}}, ["train.cache: memory needs a frozen stage before the learning one"]),
+        ({"pipeline": {"replicas": [1, 2]}}, ["pipeline.replicas: not with train.cache: memory"]),
+        ({"pipeline": EMULATED}, ["train.cache: memory has nothing to keep; emulated stages"]),
+        (
+            {"launcher": {"faults": [{"stage": 1, "step": 3, "action": "nan"}]}},
+            ["launcher.faults.0.action: nan not with train.cache: memory"],
+        ),
+    ],
+)
+def test_a_cache_is_refused_where_nothing_can_be_recalled(sections: dict[str, Any], faults: list[str]) -> None:
+    content = {name: {**CACHED.get(name, {}), **sections.get(name, {})} for name in {**CACHED, **sections}}
+    with pytest.raises(ValidationError, match=r"[^\n]*\n".join(faults)):
+        Config.model_validate(content)
+
+
+@pytest.mark.parametrize("train", [{}, {"epochs": 1, "epochs_growth": 1}, {"order": "multi_lap", "cache": "disk"}])
+def test_a_cache_is_taken_where_a_frozen_stage_hands_on_the_same_twice(train: dict[str, Any]) -> None:
+    config = Config.model_validate({**CACHED, "train": {**CACHED["train"], **train}})
+    assert Config.model_validate(yaml.safe_load(dump(config))) == config
+
+
 def test_a_dump_of_every_order_loads_again() -> None:
     for order in ("parallel", "sequential", "multi_lap"):
         config = Config.model_validate({"train": {"order": order}})

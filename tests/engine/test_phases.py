@@ -8,8 +8,9 @@ import torch
 from pipetrgl.config.schema import EvaluateConfig, TrainConfig
 from pipetrgl.data.dataset import DataSpec
 from pipetrgl.data.itinerary import Itinerary
+from pipetrgl.data.seen import SeenInPhase
 from pipetrgl.engine.idle import NOTHING, IdlingStage, TickingOutbox
-from pipetrgl.engine.phases import Plan, Role, plan_of
+from pipetrgl.engine.phases import Plan, Recalling, Role, plan_of
 from pipetrgl.microbatch import MicroBatch
 from pipetrgl.stage import StageOutput
 
@@ -29,7 +30,8 @@ def batches(train: dict[str, object], num_stages: int) -> tuple[list[MicroBatch]
         )
         for stop in itinerary.stops()
     ]  # fmt: skip
-    return stream, plan_of(config.order, itinerary.sweep)
+    plan = plan_of(config.order, itinerary.sweep)
+    return stream, plan if config.cache == "none" else Recalling(plan, SeenInPhase(itinerary, 0, spec.num_train, 0))
 
 
 def drawing(train: dict[str, object], num_stages: int) -> list[str]:
@@ -74,6 +76,15 @@ def test_a_run_cut_short_evaluates_no_stage_that_has_never_learned() -> None:
     ]
 
 
+def test_with_a_cache_the_stages_before_the_learner_hand_on_in_its_first_epoch_and_in_evaluations() -> None:
+    assert drawing({"order": "sequential", "epochs": 2, "cache": "memory"}, 3) == [
+        "vtvtvtvtvtvtve",
+        "-#-#---.---.--",
+        ".....#-#---.--",
+        ".........#-#--",
+    ]
+
+
 @pytest.mark.parametrize(
     "train", [{"order": "sequential", "epochs": 1}, {"order": "multi_lap", "laps": 3, "epochs": 1}]
 )
@@ -85,6 +96,16 @@ def test_behind_an_idle_stage_all_are_idle_and_the_first_never_is(train: dict[st
         assert idle == sorted(idle)
         assert not idle[0]
         assert roles.count(Role.TRAIN) == (batch.split.label == "train")
+
+
+def test_with_a_cache_a_stage_is_handed_nothing_that_it_recalls() -> None:
+    stream, plan = batches({"order": "sequential", "epochs": 2, "cache": "memory"}, 3)
+    handed = ["".join(".#"[plan.feeds(stage, batch)] for batch in stream) for stage in range(3)]
+    assert handed == [
+        "#######.###.##",
+        ".....##.###.##",
+        ".........##.##",
+    ]
 
 
 class Sent:

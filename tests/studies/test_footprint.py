@@ -172,3 +172,19 @@ def test_the_table_names_every_stage_and_ends_in_the_largest_shares() -> None:
     assert [line.split()[0] for line in lines[3:6]] == ["stage", "stage", "end-to-end"]
     assert [line.split()[-1] for line in lines[3:6]] == ["1.0", "2.0", "3.0"]
     assert lines[-1].startswith("largest stage's saved activations, of end-to-end's: VanGL 63.1 %, TRGL 100.0 %")
+
+
+@pytest.mark.parametrize(("cache", "column"), [("memory", "cache"), ("disk", "cache on disk")])
+def test_a_cache_holds_the_input_of_a_stage_of_each_training_image(cache: str, column: str) -> None:
+    #  64 samples, 6 of them for validation; stage 1 gets 3 features. Stage 0 gets the images themselves
+    result = counted(mlp(train={"batch": 8, "order": "sequential", "epochs": 2, "cache": cache}))
+    assert [stage.cache for stage in result.stages] == [0, 58 * 3 * 4]
+    assert result.end_to_end.cache == 0
+    assert table(result).splitlines()[2].rstrip().endswith(f"links{column:>15}")
+
+
+def test_a_stage_that_learns_for_one_epoch_at_a_time_needs_no_cache() -> None:
+    #  stage 1 learns for two epochs of 7 steps, but the run ends with its first
+    train = {"batch": 8, "drop_last": True, "order": "sequential", "epochs": 1, "epochs_growth": 1, "cache": "memory"}
+    assert [stage.cache for stage in counted(mlp(train=train)).stages] == [0, 58 * 3 * 4]
+    assert [stage.cache for stage in counted(mlp(train={**train, "max_steps": 14})).stages] == [0, 0]
