@@ -254,7 +254,7 @@ class Stage:
     def walk(self, micro_batch: MicroBatch, train: bool) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         """Run the blocks one by one: the name of each, its activation, and its transport cost if it has one."""
         start: Tensor | None = None
-        for position, (name, x, output) in enumerate(self.run_blocks(micro_batch, train)):
+        for position, (name, x, output) in enumerate(self.each_block(micro_batch, train)):
             if position == self._first_counted:
                 start = x
             cost = self.objective.measure(x, output)
@@ -263,7 +263,7 @@ class Stage:
                 cost = self.objective.measure_stage(start, output.activation)
             yield name, output.activation, cost
 
-    def run_blocks(self, micro_batch: MicroBatch, train: bool) -> Iterator[tuple[str, Tensor, BlockOutput]]:
+    def each_block(self, micro_batch: MicroBatch, train: bool) -> Iterator[tuple[str, Tensor, BlockOutput]]:
         """Run the blocks one by one: the name of each, what it takes, and what it gives."""
         x = self._precision.entering(_moved(micro_batch.activation, self.device))
         for spec, block, call in zip(self.specs, self.blocks, self._calls, strict=True):

@@ -66,7 +66,7 @@ def measure(stage: Stage, micro_batch: MicroBatch) -> Row:
     monotone: dict[str, float | None] = {}
     steps: list[Tensor] = []
     z: Tensor | None = None
-    for name, x, output in stage.run_blocks(micro_batch, train=False):
+    for name, x, output in stage.each_block(micro_batch, train=False):
         z, y = x if z is None else z, output.activation
         if output.residuals:
             residuals = [_value(residual) for residual in output.residuals]
