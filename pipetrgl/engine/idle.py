@@ -69,7 +69,7 @@ class TickingOutbox:
 
     def send(self, micro_batch: MicroBatch) -> None:
         idle = self._plan.role(self._stage, micro_batch) is Role.IDLE
-        self._outbox.send(micro_batch.carrying(()) if idle else micro_batch)
+        self._outbox.send(micro_batch.as_tick() if idle else micro_batch)
 
     def close(self) -> None:
         self._outbox.close()

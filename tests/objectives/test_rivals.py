@@ -19,7 +19,7 @@ from pipetrgl.errors import ModelError
 from pipetrgl.launchers.start import describe
 from pipetrgl.microbatch import Split
 from pipetrgl.objectives.contract import AsItIs
-from pipetrgl.objectives.infopro import InfoPro, Resize, on_the_line
+from pipetrgl.objectives.infopro import InfoPro, Resize, UnexplainedShare, on_the_line
 from pipetrgl.objectives.predsim import PredSim, similarity, target_similarity
 from pipetrgl.worker import Job, build_loader, build_stage
 from tests.equivalence.runs import MODELS, assert_equal_runs, run, tiny, weights
@@ -29,6 +29,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RIVALS: dict[str, dict[str, Any]] = {
     "predsim": {"name": "predsim", "predsim": {"beta": 0.9}},
     "infopro": {"name": "infopro", "infopro": {"reconstruction": [2.0, 1.0], "task": [0.5, 1.0]}},
+    "infopro-input": {"name": "infopro", "infopro": {"target": "input"}},
 }
 
 
@@ -87,7 +88,7 @@ def test_resize_is_bilinear_with_aligned_corners() -> None:
 def test_infopro_weighs_task_loss_and_the_unexplained_share_of_the_input() -> None:
     #  a decoder that answers 0 where z = (-1, 1): mean square 1, variance 1, share 1;   2 * 1 + 0.5 * 3 = 3.5
     #  z = (1, 3) has variance 1 and mean square 5:                                     2 * 5 + 0.5 * 3 = 11.5
-    criterion = InfoPro((2.0, 0.5), came_in=(1, 1, 2), hands_on=(4, 1, 1))
+    criterion = InfoPro((2.0, 0.5), UnexplainedShare(), source=(1, 1, 2), hands_on=(4, 1, 1))
     with torch.no_grad():
         for parameter in criterion.parameters():
             parameter.zero_()
@@ -98,7 +99,7 @@ def test_infopro_weighs_task_loss_and_the_unexplained_share_of_the_input() -> No
 
 
 def test_infopro_of_an_input_without_variation_is_finite() -> None:
-    criterion = InfoPro((1.0, 1.0), came_in=(1, 2, 2), hands_on=(1, 2, 2))
+    criterion = InfoPro((1.0, 1.0), UnexplainedShare(), source=(1, 2, 2), hands_on=(1, 2, 2))
     z = torch.zeros(2, 1, 2, 2)
     loss = criterion(z, torch.randn(2, 1, 2, 2), torch.tensor([0, 1]), torch.tensor(1.0))
     assert math.isfinite(loss.detach())
@@ -156,14 +157,14 @@ def test_start_weights_are_those_of_every_objective_and_own_layers_count_as_the_
     assert all(rival[key].equal(tensor) for key, tensor in plain.items())
     #  stage 0 hands on 8 channels, the image has 3: predsim 8 * 8 * 9;
     #  infopro 8 * 12 * 9 + 12, BatchNorm 2 * 12, and 12 * 3 * 9 + 3
-    extra = {"predsim": 576, "infopro": 900 + 327}
+    extra = {"predsim": 576, "infopro": 900 + 327, "infopro-input": 900 + 327}
     assert num_rival - num_plain == extra[name]
 
 
 @pytest.mark.parametrize(("name", "model"), [("predsim", "vit"), ("infopro", "vit"), ("infopro", "mlp")])
 def test_a_rival_without_what_it_needs_is_an_error_before_training(tmp_path: Path, name: str, model: str) -> None:
     config = tiny(model, tmp_path, objective=RIVALS[name], pipeline={"stages": 2})
-    needed = {"predsim": "compares maps or vectors", "infopro": "needs the reconstruction of a stage's input"}
+    needed = {"predsim": "compares maps or vectors", "infopro": "needs the reconstruction of an image or a map"}
     with pytest.raises(ModelError, match=needed[name]):
         draw_up(config, describe(config))
 
