@@ -45,8 +45,8 @@ class StageFootprint:
         gpipe, one_f_one_b: saved activations of the same blocks in those schedules.
         parameters: of blocks and head; their gradients take as much again.
         optimizer: what the optimizer remembers.
-        links: the inbox's slots (of stage 0: the loader's batches), and the one micro-batch that is being sent; with the
-            images that ride along where the run's own objective needs them.
+        links: the inbox's slots (of stage 0: the loader's batches), and the one micro-batch that is being sent, with
+            the images that ride along where the run's own objective needs them.
     """
 
     span: str
@@ -106,9 +106,7 @@ def footprint(config: Config, spec: DataSpec, num_micro_batches: int | None = No
     return Footprint(name, rows, num_micro, _end_to_end(variants[0]), stages)
 
 
-def _stage_footprint(
-    run: Blueprint, variants: Sequence[Blueprint], k: int, num_micro_batches: int
-) -> StageFootprint:
+def _stage_footprint(run: Blueprint, variants: Sequence[Blueprint], k: int, num_micro_batches: int) -> StageFootprint:
     vangl, identity, stored = variants
     rows, share = _training_rows(vangl.config), math.ceil(vangl.config.train.batch / num_micro_batches)
     last = k == vangl.num_stages - 1

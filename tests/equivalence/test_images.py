@@ -1,4 +1,4 @@
-"""InfoPro's images ride along the pipeline: bit-equal to the serial loop, in training only, and not to the last stage."""
+"""InfoPro's images ride along the pipeline, in training and not to the last stage: bit-equal to the serial loop."""
 
 from __future__ import annotations
 
