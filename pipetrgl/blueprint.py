@@ -23,6 +23,7 @@ from pipetrgl.models import heads, zoo
 from pipetrgl.models.batchnorm import BatchNorm2d
 from pipetrgl.objective import stage_taus
 from pipetrgl.objectives import table
+from pipetrgl.objectives.contract import StageFacts
 from pipetrgl.partition import partition
 from pipetrgl.stability import certain_limit
 from pipetrgl.world import World
@@ -82,6 +83,11 @@ class Blueprint:
         """Of one sample as the stage hands it on, and as its head receives it."""
         return self.shapes[self.ranges[stage].stop - 1]
 
+    def image_shape(self, stage: int) -> tuple[int, ...] | None:
+        """Of the image that a training micro-batch brings the stage beside its input; None: it brings none."""
+        needs_it = self.config.objective.needs_images and 0 < stage < self.num_stages - 1
+        return self.network.input_shape if needs_it else None
+
     def head(self, stage: int) -> torch.nn.Module:
         """A fresh auxiliary head, not initialised."""
         config = self.config.model.head
@@ -89,8 +95,17 @@ class Blueprint:
 
     def criterion(self, stage: int) -> torch.nn.Module:
         """What the objective makes of the stage's task loss, fresh; layers of its own are not initialised."""
-        shapes = self.input_shape(stage), self.output_shape(stage)
-        return table.build(self.config.objective, stage, self.num_stages, *shapes, self.spec.num_classes)
+        facts = StageFacts(
+            stage=stage,
+            num_stages=self.num_stages,
+            came_in=self.input_shape(stage),
+            hands_on=self.output_shape(stage),
+            image=self.network.input_shape,
+            mean=self.spec.mean,
+            std=self.spec.std,
+            num_classes=self.spec.num_classes,
+        )
+        return table.build(self.config.objective, facts)
 
     def stage_parameters(self, stage: int) -> tuple[int, int]:
         """Parameters of the blocks, and of the head with the layers of the criterion."""

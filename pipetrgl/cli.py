@@ -214,8 +214,9 @@ def outline(blueprint: Blueprint) -> str:
     for stage in range(blueprint.num_stages):
         blocks, head = blueprint.stage_parameters(stage)
         names = [block.name for block in blueprint.blocks(stage)]
+        image = "" if (shape := blueprint.image_shape(stage)) is None else f" and the image {shape}"
         lines.append(
-            f"stage {stage}: {names[0]} .. {names[-1]} | {blueprint.input_shape(stage)} -> "
+            f"stage {stage}: {names[0]} .. {names[-1]} | {blueprint.input_shape(stage)}{image} -> "
             f"{blueprint.output_shape(stage)} | {blocks:,} parameters, head {head:,} | tau {blueprint.taus[stage]:g}"
         )
     if blueprint.config.train.order != "parallel":

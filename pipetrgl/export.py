@@ -10,7 +10,6 @@ The file also holds the config and the shapes that it needs: to load it takes no
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from pipetrgl.blueprint import Blueprint, draw_up
 from pipetrgl.config.load import dump, undump
-from pipetrgl.data.dataset import Dataset, DataSpec
+from pipetrgl.data.dataset import DataSpec
 from pipetrgl.engine.checkpoint import Checkpoint, write_atomically
 from pipetrgl.errors import ConfigError
 
@@ -75,12 +74,11 @@ class Classifier(nn.Module):
         return [*zip(self._prefixes, self.blocks, strict=True), (_HEAD, self.head)]
 
 
-def export(blueprint: Blueprint, dataset: Dataset, checkpoint: Checkpoint, head: int, path: Path) -> int:
+def export(blueprint: Blueprint, checkpoint: Checkpoint, head: int, path: Path) -> int:
     """Write one file.
 
     Args:
         blueprint: of the run.
-        dataset: for its normalisation.
         checkpoint: of the run.
         head: the stage whose head to end in.
         path: of the file; replaced at once, or not at all.
@@ -90,7 +88,7 @@ def export(blueprint: Blueprint, dataset: Dataset, checkpoint: Checkpoint, head:
         ConfigError: the checkpoint has not all of the weights.
         OSError: the file cannot be written.
     """
-    about = About(head, checkpoint.step, dataset.mean, dataset.std)
+    about = About(head, checkpoint.step, blueprint.spec.mean, blueprint.spec.std)
     with torch.device("meta"):  # only the names
         parts = Classifier(blueprint, about).named_parts()
     last = [spec.name for spec in blueprint.blocks(head) if spec.counted][-1]
@@ -99,7 +97,7 @@ def export(blueprint: Blueprint, dataset: Dataset, checkpoint: Checkpoint, head:
     found = checkpoint.tensors(set(wanted.values()).__contains__)
     if missing := wanted.values() - found.keys():
         raise ConfigError(f"{checkpoint.folder} lacks {', '.join(sorted(missing)[:3])}; is it of this run?")
-    told = {"config": dump(blueprint.config), "spec": blueprint.spec.to_dict(), **dataclasses.asdict(about)}
+    told = {"config": dump(blueprint.config), "spec": blueprint.spec.to_dict(), "head": head, "step": checkpoint.step}
     metadata = {"format": _FORMAT, "about": json.dumps(told)}
     content = safetensors.torch.save({name: found[there] for name, there in wanted.items()}, metadata)
     write_atomically(path, content)
@@ -122,8 +120,9 @@ def load(path: str | Path) -> Classifier:
         raise ConfigError(f"{path}: not written by pipetrgl export, or by another version of it")
     try:
         told = json.loads(metadata["about"])
-        about = About(told["head"], told["step"], tuple(told["mean"]), tuple(told["std"]))
-        model = Classifier(draw_up(undump(told["config"]), DataSpec.from_dict(told["spec"])), about)
+        spec = DataSpec.from_dict(told["spec"])
+        about = About(told["head"], told["step"], spec.mean, spec.std)
+        model = Classifier(draw_up(undump(told["config"]), spec), about)
         for prefix, part in model.named_parts():
             part.load_state_dict({name: tensors[prefix + name] for name in part.state_dict()})
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:

@@ -43,6 +43,7 @@ class MicroBatch:
         closes_split: the last micro-batch of an epoch (train) or of one evaluation (valid, test).
         closes_phase: the last micro-batch in which its stages learn for now: of a phase, or in the parallel order of
             the run.
+        image: (N, C, H, W), what stage 0 got, where a later stage's objective needs it; None: none rides along.
     """
 
     activation: Activation
@@ -58,6 +59,7 @@ class MicroBatch:
     closes_split: bool
     closes_phase: bool = False
     share_of: range | None = None
+    image: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -78,10 +80,27 @@ class MicroBatch:
         """Whether it carries nothing: what an idle stage gets, so that it keeps count of the stream."""
         return isinstance(self.activation, tuple) and not self.activation
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Of the activation, then the image, if one rides along."""
+        tensors = self.activation if isinstance(self.activation, tuple) else (self.activation,)
+        return tensors if self.image is None else (*tensors, self.image)
+
     def carrying(self, activation: Activation) -> MicroBatch:
-        """The same micro-batch with another activation: what a stage hands on."""
+        """The same micro-batch with another activation: what a stage hands on. An image rides along."""
+        return self._changed(activation=activation)
+
+    def beside(self, image: Tensor | None) -> MicroBatch:
+        """The same micro-batch with this image."""
+        return self._changed(image=image)
+
+    def as_tick(self) -> MicroBatch:
+        """The same micro-batch, carrying nothing."""
+        return self._changed(activation=(), image=None)
+
+    def _changed(self, **fields: Activation | None) -> MicroBatch:
         other = object.__new__(MicroBatch)  # as dataclasses.replace does, at a tenth of its time
-        other.__dict__.update(self.__dict__, activation=activation)
+        other.__dict__.update(self.__dict__, **fields)
         return other
 
     def share(self, rows: range) -> MicroBatch:
@@ -92,6 +111,7 @@ class MicroBatch:
         return replace(
             self,
             activation=_narrowed(self.activation, first, size),
+            image=None if self.image is None or size == 0 else self.image.narrow(0, first, size),
             target=self.target.narrow(0, first, size),
             positions=self.positions.narrow(0, first, size),
             row_start=start,
@@ -109,13 +129,15 @@ def _narrowed(activation: Activation, first: int, size: int) -> Activation:
 
 
 def joined(shares: Sequence[MicroBatch]) -> MicroBatch:
-    """One micro-batch of the rows of neighbouring shares, in order; copies the activations."""
+    """One micro-batch of the rows of neighbouring shares, in order; copies activations and images."""
     full = [share for share in shares if share.num_rows > 0] or list(shares[:1])
     if len(full) == 1:
         return full[0]
+    images = [share.image for share in full if share.image is not None]
     return replace(
         full[0],
         activation=_concatenated([share.activation for share in full]),
+        image=torch.cat(images) if images else None,
         target=torch.cat([share.target for share in full]),
         positions=torch.cat([share.positions for share in full]),
     )

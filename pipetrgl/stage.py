@@ -127,7 +127,8 @@ class Stage:
                 self._observe(logits, target, len(micro_batch.whole))
             loss = self.objective.local_loss(logits, target, costs)
             if train:
-                loss = replace(loss, total=self.criterion(z, activation, target, loss.total))
+                source = z if micro_batch.image is None else _moved(micro_batch.image, self.device)
+                loss = replace(loss, total=self.criterion(source, activation, target, loss.total))
         return StageOutput(activation, logits, loss, names)
 
     def backward(self, output: StageOutput, micro_batch: MicroBatch) -> None:

@@ -17,6 +17,7 @@ from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.contracts import Inbox, OneReplica, Outbox, ReplicaGroup
 from pipetrgl.channels.delayed import DelayedInbox
 from pipetrgl.channels.gradients import BucketedSum, GradientSum, Whole
+from pipetrgl.channels.images import ImageOutbox
 from pipetrgl.channels.replicas import Agreed, add_up
 from pipetrgl.config.schema import Config, TrainConfig
 from pipetrgl.data import catalogue
@@ -126,7 +127,7 @@ def run_worker(
         hooks = [*hooks, TraceHook(spans, place.stage, sink), Listen(alarm)]
         plan = build_plan(job)
         traced = TracedStage(PulsedStage(build_trainee(job, stage), pulse), spans)
-        trainee, out = _idling(plan, traced, TracedOutbox(outbox, spans))
+        trainee, out = _idling(plan, traced, with_images(blueprint, place.stage, TracedOutbox(outbox, spans), device))
         loop.run(trainee, TracedInbox(inbox, spans), out, plan, hooks)
         sink({"kind": "memory", **_who(place), "peak_rss_bytes": peak_rss_bytes()})
     except BaseException as error:
@@ -222,7 +223,16 @@ def build_loader(job: Job, replicas: ReplicaGroup | None = None) -> Loader:
     if replicas is not None and replicas.num_replicas > 1:
         place = world.place(world.rank(0, replicas.replica))
         ends, share = Agreed(job.stop, replicas), functools.partial(world.share, place)
-    return Loader(job.dataset(), job.blueprint.itinerary, config.data, config.seed, job.first_step, ends, share, seen)
+    ride = job.blueprint.image_shape(1) is not None
+    itinerary = job.blueprint.itinerary
+    return Loader(job.dataset(), itinerary, config.data, config.seed, job.first_step, ends, share, seen, ride)
+
+
+def with_images(blueprint: Blueprint, stage: int, outbox: Outbox, device: torch.device) -> Outbox:
+    """The stage's outbox; where images ride along, one that knows which links they take."""
+    if blueprint.image_shape(1) is None:
+        return outbox
+    return ImageOutbox(outbox, device, wanted=blueprint.image_shape(stage + 1) is not None)
 
 
 def _share_out(modules: Sequence[torch.nn.Module], replicas: ReplicaGroup, config: Config) -> GradientSum:

@@ -55,7 +55,7 @@ def test_every_mistake_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
         (["model.depth=14", "model.name=timm:vit_tiny_patch17_224"], "Nearest: 'vit_tiny_patch16_224'"),
         (
             ["model.depth=14", "model.name=timm:vit_tiny_patch16_224", "model.head.name=tokens", "objective=infopro"],
-            "'infopro' needs the reconstruction of a stage's input",
+            "'infopro' needs the reconstruction of an image or a map",
         ),
         (["data.name=cifar10", "data.root=nowhere"], "nowhere"),
         (["train.batch=100000", "train.drop_last=true"], "too few for one step of 100000 rows"),

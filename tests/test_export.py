@@ -9,11 +9,11 @@ import pytest
 import safetensors.torch
 import torch
 
+from pipetrgl.data import catalogue
 from pipetrgl.data.augment import normalise
 from pipetrgl.errors import ConfigError
 from pipetrgl.export import load
 from pipetrgl.launchers.scoring import export_run
-from pipetrgl.launchers.start import load_data
 from tests.equivalence.runs import run, tiny, weights
 
 
@@ -27,7 +27,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_exported_network_scores_what_the_run_scored(trained: Path, tmp_path: Path, head: str) -> None:
     exported = export_run(trained, None, head, tmp_path / "model.safetensors")
     model = load(exported.path)
-    data = load_data(tiny("resnet", tmp_path))
+    config = tiny("resnet", tmp_path)
+    data = catalogue.load(config.data, config.seed)
     images = normalise(data.test.read(range(len(data.test))), model.about.mean, model.about.std)  # type: ignore[arg-type]
     with torch.no_grad():
         right = model(torch.from_numpy(images)).argmax(1) == torch.from_numpy(data.test.labels)

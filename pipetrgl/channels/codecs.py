@@ -10,7 +10,7 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
-from pipetrgl.microbatch import Activation
+from pipetrgl.microbatch import Activation, MicroBatch
 
 
 class Codec(Protocol):
@@ -101,3 +101,22 @@ def decode(codec: Codec, parts: tuple[Tensor, ...]) -> Activation:
 def roundtrip(codec: Codec, activation: Activation) -> Activation:
     """What the receiver of `activation` would see."""
     return decode(codec, encode(codec, activation))
+
+
+def payload(codec: Codec, micro_batch: MicroBatch) -> tuple[Tensor, ...]:
+    """All wire tensors of a micro-batch: those of its activation, then those of the image, if one rides along."""
+    parts = encode(codec, micro_batch.activation)
+    return parts if micro_batch.image is None else (*parts, *codec.encode(micro_batch.image))
+
+
+def unpacked(codec: Codec, micro_batch: MicroBatch, parts: tuple[Tensor, ...], has_image: bool) -> MicroBatch:
+    """The inverse of `payload`: `micro_batch` with what `parts` hold."""
+    if not has_image:
+        return micro_batch.carrying(decode(codec, parts))
+    activation, image = parts[: -codec.num_parts], parts[-codec.num_parts :]
+    return micro_batch.carrying(decode(codec, activation)).beside(codec.decode(image))
+
+
+def received(codec: Codec, micro_batch: MicroBatch) -> MicroBatch:
+    """What the receiver of `micro_batch` would see."""
+    return unpacked(codec, micro_batch, payload(codec, micro_batch), micro_batch.image is not None)

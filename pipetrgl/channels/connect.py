@@ -53,7 +53,13 @@ class Connector:
         return LinkGroup(group, device_group, replica, len(ranks), self._site.alarm, timeout_s, name)
 
     def inbox(
-        self, rank: int, terms: LinkTerms, expected: Sequence[TensorSpec], device: torch.device, next_index: int
+        self,
+        rank: int,
+        terms: LinkTerms,
+        expected: Sequence[TensorSpec],
+        device: torch.device,
+        next_index: int,
+        image: TensorSpec | None = None,
     ) -> LinkInbox:
         """The receiving side of the link from `rank`, which is asked for micro-batch `next_index` first.
 
@@ -63,7 +69,7 @@ class Connector:
         """
         peer = self._peer(rank, RECEIVER, terms, device)
         connection = peer.connect(next_index)
-        inbox = LinkInbox(connection, terms, self._site.alarm, self._neighbour(peer), expected, device)
+        inbox = LinkInbox(connection, terms, self._site.alarm, self._neighbour(peer), expected, device, image)
         self._inboxes.append(inbox)
         return inbox
 

@@ -19,7 +19,7 @@ import torch
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.contracts import Inbox
 from pipetrgl.channels.mailbox import Mailbox
-from pipetrgl.channels.threads import cloned
+from pipetrgl.channels.threads import copied
 from pipetrgl.microbatch import MicroBatch
 
 CABLE = 64
@@ -80,7 +80,7 @@ class DelayedInbox:
                 due = time.monotonic() + self._delay_s + self._jitter_s * self._uniform()
                 self._box.acquire()
                 self._due.append(due)
-                self._box.put(micro_batch.carrying(cloned(micro_batch.activation)))
+                self._box.put(copied(micro_batch))
                 del micro_batch  # nor may a frame that waits for the next one
             self._box.end()
         except BaseException as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipetrgl.channels import wire
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.c10d import SENDER
-from pipetrgl.channels.codecs import Codec, decode
+from pipetrgl.channels.codecs import Codec, unpacked
 from pipetrgl.channels.link import HEADER_TAG, LOOK_S, Connection, LinkTerms, LostPeerError, Neighbour, lost_if_broken
 from pipetrgl.channels.mailbox import Mailbox
 from pipetrgl.channels.payload import FOREVER
@@ -34,6 +34,7 @@ class LinkInbox:
         expected: shape without rows, and dtype, of each tensor of an activation after decoding; every header is
             compared with them.
         device: of the slots.
+        image: as `expected`, of the image that micro-batches may carry as well; None: none ever comes.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class LinkInbox:
         neighbour: Neighbour,
         expected: Sequence[wire.TensorSpec],
         device: torch.device,
+        image: wire.TensorSpec | None = None,
     ) -> None:
         self._connection = connection
         self._terms = terms
         self._alarm = alarm
         self._neighbour = neighbour
-        self._expected = tuple(wire.TensorSpec(spec.shape, _wire_dtype(terms.codec, spec.dtype)) for spec in expected)
+        self._expected = _encoded(terms.codec, expected)
+        self._with_image = _encoded(terms.codec, [*expected, *([image] if image is not None else [])])
         self._next_index = connection.next_index
         self._words = np.empty(wire.HEADER_WORDS + terms.label_words, dtype=np.int64)
         self._header = torch.from_numpy(self._words)
@@ -121,9 +124,9 @@ class LinkInbox:
         with lost_if_broken(self._terms.sender):
             connection.line.fill(slot, buffers)
         with connection.line.decoding(slot):
-            activation = decode(self._terms.codec, buffers)
+            micro_batch = unpacked(self._terms.codec, header.labelled, buffers, header.has_image)
         self._next_index += 1
-        return header.labelled.carrying(activation)
+        return micro_batch
 
     def _answer_until_closed(self) -> None:
         """After the end, a replaced sender must still be told that nothing more is wanted."""
@@ -140,14 +143,16 @@ class LinkInbox:
             raise LinkError(f"{where}: got micro-batch {batch.index} from {terms.sender}, expected {self._next_index}")
         if header.codec != terms.codec.code:
             raise LinkError(f"{where}: got codec {header.codec} from {terms.sender}, expected {terms.codec.code}")
-        if self._expected and len(header.tensors) not in (0, len(self._expected) * terms.codec.num_parts):  # 0: a tick
-            count = len(self._expected) * terms.codec.num_parts
+        specs = self._with_image if header.has_image else self._expected
+        count = len(specs) * terms.codec.num_parts
+        if self._expected and len(header.tensors) not in (0, count):  # 0: a tick
             raise LinkError(f"{where}: got {len(header.tensors)} tensors from {terms.sender}, expected {count}")
-        for expected, got in zip(self._expected, header.tensors[:: terms.codec.num_parts], strict=False):
+        for place, (expected, got) in enumerate(zip(specs, header.tensors[:: terms.codec.num_parts], strict=False)):
             want = wire.TensorSpec((batch.num_rows, *expected.shape), expected.dtype)
             if got != want:
+                what = "activation" if place < len(self._expected) else "image"
                 raise LinkError(
-                    f"{where}: got activation {got} from {terms.sender}, expected {want}; "
+                    f"{where}: got {what} {got} from {terms.sender}, expected {want}; "
                     "the workers were started from different configs"
                 )
 
@@ -183,6 +188,11 @@ class _Slot:
                 self._storage[position] = torch.empty(size, dtype=torch.uint8, device=self._device)
             views.append(self._storage[position][:size].view(spec.dtype).view(spec.shape))
         return tuple(views)
+
+
+def _encoded(codec: Codec, specs: Sequence[wire.TensorSpec]) -> tuple[wire.TensorSpec, ...]:
+    """With the dtype that each has on the wire."""
+    return tuple(wire.TensorSpec(spec.shape, _wire_dtype(codec, spec.dtype)) for spec in specs)
 
 
 def _wire_dtype(codec: Codec, dtype: torch.dtype) -> torch.dtype:

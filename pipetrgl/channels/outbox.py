@@ -9,7 +9,7 @@ from typing import Any, final
 from pipetrgl.channels import wire
 from pipetrgl.channels.alarm import Alarm, wait_until
 from pipetrgl.channels.c10d import RECEIVER
-from pipetrgl.channels.codecs import encode
+from pipetrgl.channels.codecs import payload
 from pipetrgl.channels.link import HEADER_TAG, LOOK_S, Connection, LinkTerms, LostPeerError, Neighbour, lost_if_broken
 from pipetrgl.channels.replay import ReplayLog, Sent
 from pipetrgl.errors import ReplayGapError
@@ -69,7 +69,7 @@ class LinkOutbox:
 
     def send(self, micro_batch: MicroBatch) -> None:
         terms = self._terms
-        parts = tuple(part.contiguous() for part in encode(terms.codec, micro_batch.activation))
+        parts = tuple(part.contiguous() for part in payload(terms.codec, micro_batch))
         header = wire.write(micro_batch, parts, terms.codec.code, terms.run_id, terms.label_words)
         self._hand_over(Sent.now(micro_batch.index, micro_batch.step, header, parts))
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from torch import Tensor
-
 from pipetrgl.channels.alarm import Alarm
-from pipetrgl.channels.codecs import Codec, roundtrip
+from pipetrgl.channels.codecs import Codec, received
 from pipetrgl.channels.mailbox import Mailbox
-from pipetrgl.microbatch import Activation, MicroBatch
+from pipetrgl.microbatch import MicroBatch
 
 
 @final
@@ -29,9 +27,9 @@ class ThreadOutbox:
 
     def send(self, micro_batch: MicroBatch) -> None:
         self._box.acquire()
-        activation = cloned(roundtrip(self._codec, micro_batch.activation))
-        self.sent_bytes += sum(tensor.nbytes for tensor in _tensors(activation))
-        self._box.put(micro_batch.carrying(activation))
+        copy = copied(received(self._codec, micro_batch))
+        self.sent_bytes += sum(tensor.nbytes for tensor in copy.tensors)
+        self._box.put(copy)
         self.received_index = micro_batch.index
 
     def close(self) -> None:
@@ -71,12 +69,11 @@ def thread_link(
     return ThreadOutbox(box, codec), ThreadInbox(box)
 
 
-def _tensors(activation: Activation) -> tuple[Tensor, ...]:
-    return activation if isinstance(activation, tuple) else (activation,)
-
-
-def cloned(activation: Activation) -> Activation:
-    """A copy that shares no memory."""
+def copied(micro_batch: MicroBatch) -> MicroBatch:
+    """The same micro-batch, with activation and image in memory of their own."""
+    activation, image = micro_batch.activation, micro_batch.image
     if isinstance(activation, tuple):
-        return tuple(tensor.clone() for tensor in activation)
-    return activation.clone()
+        copy = micro_batch.carrying(tuple(tensor.clone() for tensor in activation))
+    else:
+        copy = micro_batch.carrying(activation.clone())
+    return copy if image is None else copy.beside(image.clone())

@@ -2,7 +2,8 @@
 
 word  0 protocol version   1 run id     2 kind         3 split      4 epoch      5 step     6 index
       7 row_start          8 batch_rows 9 flags       10 codec     11 number of payload tensors
-     12 target dimensions 13 .. 16 target shape       17 .. 80 payload tensors: dtype, dimensions, 6 sizes each
+     12 target dimensions 13 .. 16 target shape       17 .. 80 payload tensors: dtype, dimensions, 6 sizes each;
+                                                      flag 8: the image's come behind the activation's
      81 first row of the whole micro-batch, and 82 their number, which is 0 where it is no share of one
      96 .. targets, then sample positions (`label_words` words, agreed at start)
 
@@ -26,7 +27,7 @@ from pipetrgl.microbatch import MicroBatch, Split
 
 Words = npt.NDArray[np.int64]
 
-PROTOCOL = 2
+PROTOCOL = 3
 HEADER_WORDS = 96
 MAX_TENSORS = 8
 _TENSORS_AT = 17
@@ -57,11 +58,18 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Header:
-    """A header as read; `labelled` is the micro-batch without its activation."""
+    """A header as read.
+
+    Attributes:
+        tensors: of the whole payload.
+        has_image: the last of them are the image's.
+        labelled: the micro-batch without its payload.
+    """
 
     kind: Kind
     codec: int
     tensors: tuple[TensorSpec, ...]
+    has_image: bool
     labelled: MicroBatch
 
 
@@ -78,17 +86,18 @@ def write_end(run_id: int, words: int) -> Tensor:
 
 
 def write(micro_batch: MicroBatch, parts: Sequence[Tensor], codec: int, run_id: int, words: int) -> Tensor:
-    """The header of `micro_batch` whose activation travels as `parts`.
+    """The header of `micro_batch` whose activation, and image if it has one, travel as `parts`.
 
     Raises:
         LinkError: more tensors, dimensions or labels than a header can hold.
     """
     target, positions = micro_batch.target, micro_batch.positions
     if len(parts) > MAX_TENSORS or any(part.ndim > _MAX_DIMS for part in parts) or target.ndim > 4:
-        raise LinkError(f"an activation of {len(parts)} tensors does not fit a header: {MAX_TENSORS} of {_MAX_DIMS}-d")
+        raise LinkError(f"a payload of {len(parts)} tensors does not fit a header: {MAX_TENSORS} of {_MAX_DIMS}-d")
     if target.numel() + positions.numel() > words:
         raise LinkError(f"{micro_batch.num_rows} rows of labels do not fit the {words} words agreed at start")
     flags = micro_batch.closes_step + 2 * micro_batch.closes_split + 4 * micro_batch.closes_phase
+    flags += 8 * (micro_batch.image is not None)
     fields = [PROTOCOL, run_id, Kind.DATA, micro_batch.split, micro_batch.epoch, micro_batch.step, micro_batch.index]
     fields += [micro_batch.row_start, micro_batch.batch_rows, flags, codec, len(parts)]
     fields += [target.ndim, *target.shape, *[0] * (4 - target.ndim)]
@@ -135,7 +144,8 @@ def read(words: Words, run_id: int) -> Header:
         closes_phase=bool(fields[9] & 4),
         share_of=range(first, first + size) if size else None,
     )
-    return Header(Kind(fields[2]), fields[10], tuple(_tensor(fields, i) for i in range(fields[11])), labelled)
+    tensors = tuple(_tensor(fields, i) for i in range(fields[11]))
+    return Header(Kind(fields[2]), fields[10], tensors, bool(fields[9] & 8), labelled)
 
 
 def _tensor(fields: list[int], position: int) -> TensorSpec:

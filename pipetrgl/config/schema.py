@@ -175,6 +175,8 @@ class InfoProConfig(Section):
     """lambda_1 of stage 0 and of the last stage but one; those between lie on a straight line."""
     task: Annotated[tuple[Weight, Weight], Field(strict=False)] = (1.0, 1.0)
     """lambda_2, in the same way."""
+    target: Literal["image", "input"] = "image"
+    """What a stage reconstructs: the image, as in the paper, which travels beside the activations; or its own input."""
 
 
 class ObjectiveConfig(Section):
@@ -187,6 +189,11 @@ class ObjectiveConfig(Section):
     transport: TransportConfig = TransportConfig()
     predsim: PredSimConfig = PredSimConfig()
     infopro: InfoProConfig = InfoProConfig()
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether a stage's loss depends on the image, which only stage 0 has."""
+        return self.name == "infopro" and self.infopro.target == "image"
 
     @model_validator(mode="after")
     def _only_where_used(self) -> ObjectiveConfig:
@@ -610,6 +617,8 @@ class Config(Section):
             faults.append(f"train.cache: {cache} needs a frozen stage before the learning one; pipeline.stages is 1")
         if max(self.pipeline.replica_counts) > 1:
             faults.append(f"pipeline.replicas: not with train.cache: {cache}; a replica is handed other rows each time")
+        if self.objective.needs_images:
+            faults.append(f"train.cache: {cache} keeps no images; use objective.infopro.target: input")
         if self.pipeline.device == "emulated":
             faults.append(f"train.cache: {cache} has nothing to keep; emulated stages hand on zeros")
         faults += [

@@ -40,6 +40,8 @@ def load(config: DataConfig, seed: int, environ: Mapping[str, str] = _NO_VARIABL
         num_test=len(collection.test),
         image_shape=collection.image_shape,
         num_classes=collection.num_classes,
+        mean=collection.mean,
+        std=collection.std,
     )
     return Dataset(
         spec=spec,

@@ -20,6 +20,7 @@ class DataSpec:
 
     Attributes:
         image_shape: channels, height, width.
+        mean, std: of each channel, of pixels scaled to [0, 1]: what images are normalised with.
     """
 
     name: str
@@ -28,15 +29,19 @@ class DataSpec:
     num_test: int
     image_shape: tuple[int, int, int]
     num_classes: int
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON."""
-        return {**dataclasses.asdict(self), "image_shape": list(self.image_shape)}
+        lists = {"image_shape": list(self.image_shape), "mean": list(self.mean), "std": list(self.std)}
+        return {**dataclasses.asdict(self), **lists}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DataSpec:
         channels, height, width = values["image_shape"]
-        return cls(**{**values, "image_shape": (channels, height, width)})
+        tuples = {"image_shape": (channels, height, width), "mean": tuple(values["mean"]), "std": tuple(values["std"])}
+        return cls(**{**values, **tuples})
 
 
 class Samples(Protocol):

@@ -63,6 +63,7 @@ class Loader:
         ends: where it is set, the stream ends before its time, after a whole optimizer step.
         share: of the rows of a micro-batch, those that this replica of stage 0 reads.
         seen: what the learning stage recalls by itself; no image of it is read.
+        images_ride: whether training micro-batches keep their image for the later stages.
 
     Attributes:
         waited_s: time in which the stage waited for a micro-batch.
@@ -78,6 +79,7 @@ class Loader:
         ends: Ends | None = None,
         share: Callable[[range], range] | None = None,
         seen: Seen | None = None,
+        images_ride: bool = False,
     ) -> None:
         self.waited_s = 0.0
         self._ends = ends or threading.Event()
@@ -86,6 +88,7 @@ class Loader:
         self._dataset = dataset
         self._config = config
         self._seed = seed
+        self._images_ride = images_ride
         stops = itinerary.stops(first_step)
         self._stops = stops if share is None else (stop.share(share) for stop in stops)
         self._queue: queue.Queue[_Prepared | _End] = queue.Queue(config.prefetch)
@@ -114,7 +117,9 @@ class Loader:
                 raise item.failure
             raise StopIteration
         self._between_steps = item.stop.closes_step or item.stop.split is not Split.TRAIN
-        return _micro_batch(item)
+        micro_batch = _micro_batch(item)
+        kept = self._images_ride and micro_batch.split is Split.TRAIN
+        return micro_batch.beside(micro_batch.tensors[0]) if kept else micro_batch
 
     def close(self) -> None:
         """Ends the thread and the iteration; may be called twice, or while another thread waits in next()."""

@@ -70,7 +70,7 @@ class TickingOutbox:
 
     def send(self, micro_batch: MicroBatch) -> None:
         fed = self._plan.feeds(self._stage, micro_batch)
-        self._outbox.send(micro_batch if fed else micro_batch.carrying(()))
+        self._outbox.send(micro_batch if fed else micro_batch.as_tick())
 
     def close(self) -> None:
         self._outbox.close()

@@ -15,7 +15,7 @@ from pipetrgl.engine.metrics import Row
 from pipetrgl.errors import ConfigError
 from pipetrgl.export import export
 from pipetrgl.launchers import serial
-from pipetrgl.launchers.start import describe, load_data
+from pipetrgl.launchers.start import describe
 from pipetrgl.launchers.supervise import Budget
 from pipetrgl.worker import Job
 
@@ -68,11 +68,10 @@ def export_run(run: Path, step: int | None, head: str, path: Path) -> Exported:
         ConfigError: this is no run folder, or it has no such checkpoint or head; or the file cannot be written.
     """
     checkpoint, config = checkpoint_of(run, step), load(run / "config.yaml")
-    dataset = load_data(config)
-    blueprint = draw_up(config, dataset.spec)
+    blueprint = draw_up(config, describe(config))
     chosen = _head(run, head, blueprint.num_stages)
     try:
-        num_bytes = export(blueprint, dataset, checkpoint, chosen, path)
+        num_bytes = export(blueprint, checkpoint, chosen, path)
     except OSError as error:
         raise ConfigError(f"--out: cannot write to '{path}': {error.strerror}") from error
     return Exported(path, chosen, checkpoint.step, num_bytes)

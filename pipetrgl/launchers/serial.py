@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from pipetrgl.channels.codecs import CODECS, Codec, roundtrip
+from pipetrgl.channels.codecs import CODECS, Codec, received
 from pipetrgl.channels.contracts import NullOutbox
 from pipetrgl.engine import loop
 from pipetrgl.engine.idle import NOTHING
@@ -53,18 +53,18 @@ def run(
             role = plan.role(stage.index, micro_batch)
             if role is Role.IDLE:  # it only counts the steps
                 for hook in watchers:
-                    hook(micro_batch.carrying(()), NOTHING)
+                    hook(micro_batch.as_tick(), NOTHING)
                 continue
             output = stage.forward(micro_batch, role is Role.TRAIN)
             # Computed before this stage's update, from the weights that made `output`, as a pipeline would.
-            handed_on = roundtrip(codec, output.activation)
+            handed_on = received(codec, micro_batch.carrying(output.activation))
             if role is Role.TRAIN:
                 stage.backward(output, micro_batch)
                 if micro_batch.closes_step:
                     stage.update()
             for hook in watchers:
                 hook(micro_batch, output)
-            micro_batch = micro_batch.carrying(handed_on)
+            micro_batch = handed_on
             del output, handed_on  # nothing of stage k stays alive while stage k + 1 runs
     for watchers in hooks:
         for hook in watchers:

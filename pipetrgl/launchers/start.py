@@ -14,7 +14,7 @@ import torch
 from pipetrgl.blueprint import Blueprint, draw_up
 from pipetrgl.config.schema import Config
 from pipetrgl.data import catalogue
-from pipetrgl.data.dataset import Dataset, DataSpec
+from pipetrgl.data.dataset import DataSpec
 from pipetrgl.engine.checkpoint import Checkpoint, newest_complete
 from pipetrgl.engine.metrics import Row, Sink
 from pipetrgl.errors import ConfigError, Interrupted, LaunchError, LinkError, PipetrglError, StoppedError
@@ -56,16 +56,7 @@ def describe(config: Config) -> DataSpec:
     Raises:
         DataError: it is missing or damaged.
     """
-    return load_data(config).spec
-
-
-def load_data(config: Config) -> Dataset:
-    """The data set itself.
-
-    Raises:
-        DataError: it is missing or damaged.
-    """
-    return catalogue.load(config.data, config.seed, dict(os.environ))
+    return catalogue.load(config.data, config.seed, dict(os.environ)).spec
 
 
 def train(

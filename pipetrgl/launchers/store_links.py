@@ -71,9 +71,11 @@ class StoreLinks:
 
     def inbox(self, place: Place) -> Inbox:
         expected = [TensorSpec(self._blueprint.input_shape(place.stage), torch.float32)]
+        shape = self._blueprint.image_shape(place.stage)
+        image = None if shape is None else TensorSpec(shape, torch.float32)
         inboxes = [
             self._connector.inbox(
-                sender.rank, self._terms(sender, place), expected, self._member.device, self._first_index
+                sender.rank, self._terms(sender, place), expected, self._member.device, self._first_index, image
             )
             for sender in self._blueprint.world.senders(place)
         ]

@@ -1,18 +1,19 @@
-"""InfoPro, softmax variant: the task loss, and a reconstruction that keeps a stage from losing what came in.
+"""InfoPro, softmax variant: the task loss, and a reconstruction that keeps a stage from losing the image.
 
-    L_k = lambda_1 mean((w(h) - z) ** 2) / var(z) + lambda_2 CE(F(h), y)      stages 0 .. K - 2
-    L_K = CE(F(h), y)                                                        the last stage keeps nothing
-    w   = resize to z's size, conv3x3, BatchNorm, ReLU, conv3x3
+    L_k = lambda_1 R(w(h)) + lambda_2 CE(F(h), y)       stages 0 .. K - 2
+    L_K = CE(F(h), y)                                   the last stage keeps nothing
+    w   = resize, conv3x3, BatchNorm, ReLU, conv3x3     to the size of what is reconstructed
 
-The paper bounds I(h, x) from below by the reconstruction of the image x. Here each stage reconstructs its own input z,
-which is the image in stage 0 only: docs/method.md says why. The division by var(z) makes one lambda_1 mean the same in
-every stage: 1 is the error of a decoder that answers with the mean.
-Source: Wang et al., "Revisiting Locally Supervised Learning", arXiv 2101.10832, section 3; lambdas on a straight line
-over the stages as in the authors' code.
+    target: image    R(a) = mean BCE(sigmoid(a), pixels)      the paper's: pixels in [0, 1] of the image x
+    target: input    R(a) = mean((a - z) ** 2) / var(z)       z, what came into the stage: 1 is an answer of its mean
+
+Source: Wang et al., "Revisiting Locally Supervised Learning", arXiv 2101.10832, section 3: R bounds I(h, x) from below.
+Decoder, BCE and the lambdas' straight line over the stages as in the authors' code; docs/method.md has the rest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -55,35 +56,67 @@ def _interpolation(size: int, output: int) -> Tensor:
 
 
 @final
+class PixelError(nn.Module):
+    """Binary cross-entropy between sigmoid(answer) and the image's pixels, mean over all of them.
+
+    Args:
+        mean, std: what the image was normalised with; one value a channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+
+    def forward(self, answer: Tensor, image: Tensor) -> Tensor:
+        pixels = (image * self.std + self.mean).clamp(0, 1)  # rounding, a codec's too, may have led outside
+        return F.binary_cross_entropy_with_logits(answer, pixels)
+
+
+@final
+class UnexplainedShare(nn.Module):
+    """mean((answer - z) ** 2) / var(z)."""
+
+    def forward(self, answer: Tensor, z: Tensor) -> Tensor:
+        return F.mse_loss(answer, z) / z.var(correction=0).clamp_min(_LEAST_VARIANCE)
+
+
+@final
 class InfoPro(nn.Module):
     """One stage's, but for the last.
 
     Args:
         weights: lambda_1 and lambda_2.
-        came_in, hands_on: shapes of z and h, (C, H, W).
+        error: R, of the decoder's answer and what it shall be.
+        source, hands_on: shapes of what is reconstructed and of h, (C, H, W).
     Raises:
         ModelError: either is no map: nothing to reconstruct it with.
     """
 
-    def __init__(self, weights: tuple[float, float], came_in: Shape, hands_on: Shape) -> None:
+    def __init__(self, weights: tuple[float, float], error: nn.Module, source: Shape, hands_on: Shape) -> None:
         super().__init__()
-        for name, shape in (("takes", came_in), ("hands on", hands_on)):
+        for what, shape in (("what is to be reconstructed has", source), ("a stage hands on activations of", hands_on)):
             if len(shape) != 3:
                 raise ModelError(
-                    f"objective.name: 'infopro' needs the reconstruction of a stage's input, and its decoder reads and "
-                    f"writes maps, but a stage {name} activations of shape {shape}; use another objective, or a "
-                    "network of convolutions"
+                    f"objective.name: 'infopro' needs the reconstruction of an image or a map, and its decoder reads "
+                    f"and writes maps, but {what} shape {shape}; use another objective, or a network of convolutions"
                 )
         self.reconstruction, self.task = weights
-        hidden = max(_HIDDEN, came_in[0])  # never fewer channels than it has to write
+        self.error = error
+        hidden = max(_HIDDEN, source[0])  # never fewer channels than it has to write
         self.decoder = nn.Sequential()
-        if came_in[1:] != hands_on[1:]:
-            self.decoder.add_module("resize", Resize((hands_on[1], hands_on[2]), (came_in[1], came_in[2])))
+        if source[1:] != hands_on[1:]:
+            self.decoder.add_module("resize", Resize((hands_on[1], hands_on[2]), (source[1], source[2])))
         self.decoder.add_module("conv1", nn.Conv2d(hands_on[0], hidden, 3, padding=1))
         self.decoder.add_module("norm", nn.BatchNorm2d(hidden))
         self.decoder.add_module("relu", nn.ReLU(inplace=True))
-        self.decoder.add_module("conv2", nn.Conv2d(hidden, came_in[0], 3, padding=1))
+        self.decoder.add_module("conv2", nn.Conv2d(hidden, source[0], 3, padding=1))
 
-    def forward(self, z: Tensor, h: Tensor, target: Tensor, loss: Tensor) -> Tensor:
-        error = F.mse_loss(self.decoder(h), z) / z.var(correction=0).clamp_min(_LEAST_VARIANCE)
+    def forward(self, source: Tensor, h: Tensor, target: Tensor, loss: Tensor) -> Tensor:
+        answer = self.decoder(h)
+        assert answer.shape == source.shape  # no image came, or one came that nobody asked for
+        error: Tensor = self.error(answer, source)
         return self.reconstruction * error + self.task * loss

@@ -70,7 +70,7 @@ class PredSim(nn.Module):
             else nn.Linear(channels, channels, bias=False)
         )
 
-    def forward(self, z: Tensor, h: Tensor, target: Tensor, loss: Tensor) -> Tensor:
+    def forward(self, source: Tensor, h: Tensor, target: Tensor, loss: Tensor) -> Tensor:
         wanted = target_similarity(target, self.num_classes)
         unlike = F.mse_loss(similarity(self.project(h)), wanted)
         return (1 - self.beta) * loss + self.beta * unlike

@@ -54,8 +54,9 @@ class UnitCost:
         opening: as the first of a stage, where no gradient is computed for the input.
         inner: behind another unit of the same stage.
         head: of an auxiliary head behind it.
-        input_bytes, output_bytes: of the activations as a worker holds them.
-        wire_bytes: of the output as the codec writes it.
+        input_bytes: of what comes in, as a worker holds it: activation, and the image where it rides along.
+        output_bytes: of the activation that it hands on.
+        wire_bytes: of what a link behind it carries, as the codec writes it.
     """
 
     blocks: tuple[str, ...]

@@ -45,7 +45,8 @@ class StageFootprint:
         gpipe, one_f_one_b: saved activations of the same blocks in those schedules.
         parameters: of blocks and head; their gradients take as much again.
         optimizer: what the optimizer remembers.
-        links: the inbox's slots (of stage 0: the loader's batches), and the one micro-batch that is being sent.
+        links: the inbox's slots (of stage 0: the loader's batches), and the one micro-batch that is being sent, with
+            the images that ride along where the run's own objective needs them.
         cache: what `train.cache` keeps while the stage learns.
     """
 
@@ -103,12 +104,13 @@ def footprint(config: Config, spec: DataSpec, num_micro_batches: int | None = No
     """
     variants = tuple(_variant(config, spec, name) for name in ("vangl", "identity", "stored"))
     num_micro = num_micro_batches or config.pipeline.stages
-    stages = tuple(_stage_footprint(variants, k, num_micro) for k in range(config.pipeline.stages))
+    run = dataclasses.replace(variants[0], config=config)  # whose objective says what the links carry
+    stages = tuple(_stage_footprint(run, variants, k, num_micro) for k in range(config.pipeline.stages))
     name, rows = variants[0].network.name, _training_rows(config)
     return Footprint(name, rows, num_micro, _end_to_end(variants[0]), stages, config.train.cache)
 
 
-def _stage_footprint(variants: Sequence[Blueprint], k: int, num_micro_batches: int) -> StageFootprint:
+def _stage_footprint(run: Blueprint, variants: Sequence[Blueprint], k: int, num_micro_batches: int) -> StageFootprint:
     vangl, identity, stored = variants
     rows, share = _training_rows(vangl.config), math.ceil(vangl.config.train.batch / num_micro_batches)
     last = k == vangl.num_stages - 1
@@ -126,8 +128,8 @@ def _stage_footprint(variants: Sequence[Blueprint], k: int, num_micro_batches: i
         one_f_one_b=min(num_micro_batches, vangl.num_stages - k) * piped,
         parameters=parameter_bytes(stage),
         optimizer=optimizer_bytes(stage),
-        links=link_bytes(vangl, k),
-        cache=vangl.cache_bytes(k),
+        links=link_bytes(run, k),
+        cache=run.cache_bytes(k),
     )
 
 
@@ -174,17 +176,24 @@ def optimizer_bytes(stage: Stage) -> int:
 def link_bytes(blueprint: Blueprint, stage: int) -> int:
     """The inbox's slots, each as large as the largest micro-batch, and the one micro-batch that is being sent.
 
-    A codec other than fp32 also needs what it decoded. Stage 0's inbox is the loader with its prepared batches.
+    A codec other than fp32 also needs what it decoded. Stage 0's inbox is the loader with its prepared batches. Images
+    ride in training only.
     """
-    config, rows = blueprint.config, _largest_rows(blueprint)
+    config, rows, train_rows = blueprint.config, _largest_rows(blueprint), _training_rows(blueprint.config)
+    codec = config.channel.codec
     if stage == 0:
         received = config.data.prefetch * _bytes_of((rows, *blueprint.network.input_shape))
     else:
-        shape = (rows, *blueprint.input_shape(stage))
-        received = config.channel.capacity * _slot_bytes(shape, config.channel.codec)
+        slot = _slot_bytes((rows, *blueprint.input_shape(stage)), codec)
+        if (image := blueprint.image_shape(stage)) is not None:
+            slot += _slot_bytes((train_rows, *image), codec)
+        received = config.channel.capacity * slot
     if stage == blueprint.num_stages - 1:
         return received
-    return received + _encoded_bytes((rows, *blueprint.output_shape(stage)), config.channel.codec)
+    sent = _encoded_bytes((rows, *blueprint.output_shape(stage)), codec)
+    if (image := blueprint.image_shape(stage + 1)) is not None:
+        sent += _encoded_bytes((train_rows, *image), codec)
+    return received + sent
 
 
 def table(counted: Footprint, peaks: tuple[int, ...] | None = None) -> str:

@@ -128,9 +128,14 @@ def _measure(whole: Blueprint, blocks: range, activation: Tensor, repeats: int) 
         _cost(stage, batch, [times[number] for times in rounds], config.train.accumulate)
         for number, (stage, batch) in enumerate(zip(stages, inputs, strict=True))
     )
-    wire_bytes = sum(part.nbytes for part in encode(CODECS[config.channel.codec], output))
+    came_in, wired = activation.nbytes, [output]
+    if config.objective.needs_images:  # beside every activation, though the link to the last stage carries none
+        image = torch.empty(activation.shape[0], *whole.spec.image_shape)
+        came_in += image.nbytes if blocks.start > 0 else 0
+        wired.append(image)
+    wire_bytes = sum(part.nbytes for part in encode(CODECS[config.channel.codec], tuple(wired)))
     names = tuple(block.name for block in specs)
-    unit = UnitCost(names, _more(opening, head), _more(inner, head), head, activation.nbytes, output.nbytes, wire_bytes)
+    unit = UnitCost(names, _more(opening, head), _more(inner, head), head, came_in, output.nbytes, wire_bytes)
     return unit, output
 
 

@@ -25,7 +25,7 @@ from pipetrgl.seeds import torch_stream
 from pipetrgl.stage import Stage, StageOutput
 from pipetrgl.studies.contenders import Seat
 from pipetrgl.studies.stopwatch import Stopwatch
-from pipetrgl.worker import Job, build_hooks, build_loader, build_stage, build_trainee
+from pipetrgl.worker import Job, build_hooks, build_loader, build_stage, build_trainee, with_images
 
 CPU = torch.device("cpu")
 NUM_IN_MEMORY = 4
@@ -176,7 +176,7 @@ def pipelined(seat: Seat) -> StageTurns:
     links = StoreLinks(seat.job, seat.member, seat.board, Alarm())
     place = seat.member.place
     inbox = build_loader(seat.job) if seat.rank == 0 else links.inbox(place)
-    return StageTurns(seat, stage, inbox, links.outbox(place))
+    return StageTurns(seat, stage, inbox, with_images(seat.blueprint, place.stage, links.outbox(place), CPU))
 
 
 def unlinked(seat: Seat) -> StageTurns:

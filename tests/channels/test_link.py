@@ -43,12 +43,15 @@ def groups() -> list[ProcessGroup]:
 
 
 def link(
-    capacity: int = 2, expected: tuple[wire.TensorSpec, ...] = (), next_index: int = 0
+    capacity: int = 2,
+    expected: tuple[wire.TensorSpec, ...] = (),
+    next_index: int = 0,
+    image: wire.TensorSpec | None = None,
 ) -> tuple[LinkOutbox, LinkInbox, Alarm]:
     sender, receiver = (Connection(group, GlooLine(group, 1 - side), next_index) for side, group in enumerate(groups()))
     alarm = Alarm()
     terms = LinkTerms(7, capacity, CODECS["fp32"], 32, 20.0, "stage 0 (rank 0)", "stage 1 (rank 1)")
-    inbox = LinkInbox(receiver, terms, alarm, Irreplaceable(), expected, torch.device("cpu"))
+    inbox = LinkInbox(receiver, terms, alarm, Irreplaceable(), expected, torch.device("cpu"), image)
     return LinkOutbox(sender, terms, alarm, Irreplaceable(), ReplayLog(0)), inbox, alarm
 
 

@@ -118,6 +118,7 @@ EMULATED = {"device": "emulated", "emulated": {"forward_s": 0.0, "backward_s": 0
         ),
         ({"pipeline": {"stages": 1}}, ["train.cache: memory needs a frozen stage before the learning one"]),
         ({"pipeline": {"replicas": [1, 2]}}, ["pipeline.replicas: not with train.cache: memory"]),
+        ({"objective": {"name": "infopro"}}, ["train.cache: memory keeps no images; use objective.infopro.target"]),
         ({"pipeline": EMULATED}, ["train.cache: memory has nothing to keep; emulated stages"]),
         (
             {"launcher": {"faults": [{"stage": 1, "step": 3, "action": "nan"}]}},

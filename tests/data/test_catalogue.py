@@ -23,7 +23,7 @@ def test_specification_survives_json() -> None:
 
 
 def test_synthetic_counts() -> None:
-    assert load(synthetic(), seed=0).spec == DataSpec("synthetic", 72, 8, 10, (2, 8, 8), 4)
+    assert load(synthetic(), seed=0).spec == DataSpec("synthetic", 72, 8, 10, (2, 8, 8), 4, (0.5, 0.5), (0.25, 0.25))
 
 
 def test_num_train_is_taken_after_the_validation_split() -> None:

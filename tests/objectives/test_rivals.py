@@ -19,7 +19,7 @@ from pipetrgl.errors import ModelError
 from pipetrgl.launchers.start import describe
 from pipetrgl.microbatch import Split
 from pipetrgl.objectives.contract import AsItIs
-from pipetrgl.objectives.infopro import InfoPro, Resize, on_the_line
+from pipetrgl.objectives.infopro import InfoPro, PixelError, Resize, UnexplainedShare, on_the_line
 from pipetrgl.objectives.predsim import PredSim, similarity, target_similarity
 from pipetrgl.worker import Job, build_loader, build_stage
 from tests.equivalence.runs import MODELS, assert_equal_runs, run, tiny, weights
@@ -29,6 +29,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RIVALS: dict[str, dict[str, Any]] = {
     "predsim": {"name": "predsim", "predsim": {"beta": 0.9}},
     "infopro": {"name": "infopro", "infopro": {"reconstruction": [2.0, 1.0], "task": [0.5, 1.0]}},
+    "infopro-input": {"name": "infopro", "infopro": {"target": "input"}},
 }
 
 
@@ -87,7 +88,7 @@ def test_resize_is_bilinear_with_aligned_corners() -> None:
 def test_infopro_weighs_task_loss_and_the_unexplained_share_of_the_input() -> None:
     #  a decoder that answers 0 where z = (-1, 1): mean square 1, variance 1, share 1;   2 * 1 + 0.5 * 3 = 3.5
     #  z = (1, 3) has variance 1 and mean square 5:                                     2 * 5 + 0.5 * 3 = 11.5
-    criterion = InfoPro((2.0, 0.5), came_in=(1, 1, 2), hands_on=(4, 1, 1))
+    criterion = InfoPro((2.0, 0.5), UnexplainedShare(), source=(1, 1, 2), hands_on=(4, 1, 1))
     with torch.no_grad():
         for parameter in criterion.parameters():
             parameter.zero_()
@@ -97,8 +98,36 @@ def test_infopro_weighs_task_loss_and_the_unexplained_share_of_the_input() -> No
         assert float(criterion(z, h, target, task).detach()) == pytest.approx(expected)
 
 
+def test_infopro_weighs_task_loss_and_the_cross_entropy_of_the_images_pixels() -> None:
+    #  an answer of 0 is a probability of 1/2, so every pixel costs ln 2:          2 ln 2 + 0.5 * 3
+    #  an answer of ln 3 is 3/4; pixels 0 and 1 cost -ln 1/4 and -ln 3/4:          ln 4 + ln 4/3 + 0.5 * 3
+    criterion = InfoPro((2.0, 0.5), PixelError((0.5,), (0.25,)), source=(1, 1, 2), hands_on=(4, 1, 1))
+    conv = criterion.decoder.get_submodule("conv2")
+    assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+    h, target, task = torch.randn(2, 4, 1, 1), torch.tensor([0, 1]), torch.tensor(3.0)
+    image = torch.tensor([[[[-2.0, 2.0]]], [[[-2.0, 2.1]]]])  # pixels 0, 1, 0 and, after rounding, 1.025
+    for answer, expected in ((0.0, 2 * math.log(2)), (math.log(3), math.log(4) + math.log(4 / 3))):
+        with torch.no_grad():
+            for parameter in criterion.parameters():
+                parameter.zero_()
+            conv.bias.fill_(answer)
+        assert float(criterion(image, h, target, task).detach()) == pytest.approx(expected + 1.5)
+
+
+def test_pixels_are_what_the_loader_read(tmp_path: Path) -> None:
+    #  a pixel p of 0 .. 255 became (p / 255 - 0.5) / 0.25; the BCE of a large answer a is a (1 - p / 255)
+    config = tiny("resnet", tmp_path, objective=RIVALS["infopro"], pipeline={"stages": 2})
+    blueprint = draw_up(config, describe(config))
+    with build_loader(Job(blueprint, tmp_path, {})) as loader:
+        images = next(batch for batch in loader if batch.split is Split.TRAIN).tensors[0]
+    pixels = images * 0.25 + 0.5
+    assert torch.allclose(255 * pixels, (255 * pixels).round(), atol=1e-3)
+    error = PixelError(blueprint.spec.mean, blueprint.spec.std)(torch.full_like(images, 20.0), images)
+    assert float(error) == pytest.approx(20 * float(1 - pixels.mean()), rel=1e-4)
+
+
 def test_infopro_of_an_input_without_variation_is_finite() -> None:
-    criterion = InfoPro((1.0, 1.0), came_in=(1, 2, 2), hands_on=(1, 2, 2))
+    criterion = InfoPro((1.0, 1.0), UnexplainedShare(), source=(1, 2, 2), hands_on=(1, 2, 2))
     z = torch.zeros(2, 1, 2, 2)
     loss = criterion(z, torch.randn(2, 1, 2, 2), torch.tensor([0, 1]), torch.tensor(1.0))
     assert math.isfinite(loss.detach())
@@ -117,6 +146,17 @@ def test_the_last_stage_of_infopro_reconstructs_nothing(tmp_path: Path) -> None:
     blueprint = draw_up(config, describe(config))
     kinds = [type(blueprint.criterion(stage)) for stage in range(3)]
     assert kinds == [InfoPro, InfoPro, AsItIs]
+    assert [blueprint.image_shape(stage) for stage in range(3)] == [None, (3, 8, 8), None]
+
+
+@pytest.mark.parametrize(("target", "written"), [("image", [3, 3, 3]), ("input", [3, 8, 16])])
+def test_a_decoder_writes_the_image_or_the_stages_input(tmp_path: Path, target: str, written: list[int]) -> None:
+    model, objective = {**MODELS["resnet"], "width": 8}, {"name": "infopro", "infopro": {"target": target}}
+    config = tiny("resnet", tmp_path, model=model, objective={**objective, "transport": {}}, pipeline={"stages": 4})
+    blueprint = draw_up(config, describe(config))
+    criteria = [blueprint.criterion(stage) for stage in range(3)]
+    found = [criterion.get_submodule("decoder.conv2") for criterion in criteria]
+    assert [layer.out_channels for layer in found if isinstance(layer, nn.Conv2d)] == written
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -156,14 +196,14 @@ def test_start_weights_are_those_of_every_objective_and_own_layers_count_as_the_
     assert all(rival[key].equal(tensor) for key, tensor in plain.items())
     #  stage 0 hands on 8 channels, the image has 3: predsim 8 * 8 * 9;
     #  infopro 8 * 12 * 9 + 12, BatchNorm 2 * 12, and 12 * 3 * 9 + 3
-    extra = {"predsim": 576, "infopro": 900 + 327}
+    extra = {"predsim": 576, "infopro": 900 + 327, "infopro-input": 900 + 327}
     assert num_rival - num_plain == extra[name]
 
 
 @pytest.mark.parametrize(("name", "model"), [("predsim", "vit"), ("infopro", "vit"), ("infopro", "mlp")])
 def test_a_rival_without_what_it_needs_is_an_error_before_training(tmp_path: Path, name: str, model: str) -> None:
     config = tiny(model, tmp_path, objective=RIVALS[name], pipeline={"stages": 2})
-    needed = {"predsim": "compares maps or vectors", "infopro": "needs the reconstruction of a stage's input"}
+    needed = {"predsim": "compares maps or vectors", "infopro": "needs the reconstruction of an image or a map"}
     with pytest.raises(ModelError, match=needed[name]):
         draw_up(config, describe(config))
 

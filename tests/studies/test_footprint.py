@@ -108,6 +108,23 @@ def test_links_hold_their_slots_and_one_micro_batch_on_its_way(codec: str, micro
     assert last.links == 4 * (micro_batch + decoded)
 
 
+def test_links_hold_images_where_they_ride_along() -> None:
+    #  three stages of 2 channels of 4 x 4 pixels, images 1 x 4 x 4, 8 rows: the image goes to stage 1, not to the last
+    def links(target: str) -> list[int]:
+        objective = {"name": "infopro", "infopro": {"target": target}}
+        config = mlp(
+            data={"name": "synthetic", "shape": [1, 4, 4], "samples": 64, "num_classes": 2},
+            model={"name": "resnet_preact", "depth": 3, "width": 2, "head": {"name": "pool_linear"}},
+            pipeline={"stages": 3},
+            objective=objective,
+        )
+        return [stage.links for stage in counted(config).stages]
+
+    image, slots = 8 * 16 * 4, 4
+    more = [with_image - without for with_image, without in zip(links("image"), links("input"), strict=True)]
+    assert more == [image, slots * image, 0]
+
+
 def test_a_slot_is_as_large_as_the_largest_micro_batch_of_an_evaluation() -> None:
     _, last = counted(mlp(evaluate={"batch": 250})).stages  # but there are only 6 validation and 8 test images
     assert last.links == 4 * 8 * 3 * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,14 @@ def test_costs_of_a_stage_add_up_to_those_of_its_units(tmp_path: Path) -> None:
 def test_a_codec_that_halves_the_bytes_halves_the_plan_s(tmp_path: Path) -> None:
     config = tiny("mlp", tmp_path, channel={"codec": "bf16"})
     assert all(2 * u.wire_bytes == u.output_bytes for u in profile(config, describe(config), repeats=1).units)
+
+
+def test_an_image_that_rides_along_is_a_part_of_the_plan_s_bytes(tmp_path: Path) -> None:
+    config = tiny("resnet", tmp_path, objective={"name": "infopro", "transport": {}})
+    units, image = profile(config, describe(config), repeats=1).units, 8 * 3 * 8 * 8 * 4
+    assert all(unit.wire_bytes == unit.output_bytes + image for unit in units)
+    assert units[0].input_bytes == image
+    assert all(unit.input_bytes == before.wire_bytes for before, unit in itertools.pairwise(units))
 
 
 def test_a_cost_of_whole_stages_cannot_be_planned(tmp_path: Path) -> None:
