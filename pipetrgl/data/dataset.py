@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Images = NDArray[np.uint8]
+Bytes = NDArray[np.uint8]
 Indices = NDArray[np.int64]
 
 
@@ -19,24 +20,28 @@ class DataSpec:
     """What every worker must know of the data, though only stage 0 reads it.
 
     Attributes:
-        image_shape: channels, height, width.
+        sample_shape: (C, H, W) of an image, (T,) of a row of text, whose target is a class for each of its T tokens.
     """
 
     name: str
     num_train: int
     num_valid: int
     num_test: int
-    image_shape: tuple[int, int, int]
+    sample_shape: tuple[int, ...]
     num_classes: int
+
+    @property
+    def samples(self) -> str:
+        """What they are, in words."""
+        return f"rows of {self.sample_shape[0]} bytes" if self.name == "text" else f"images of {self.sample_shape}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON."""
-        return {**dataclasses.asdict(self), "image_shape": list(self.image_shape)}
+        return {**dataclasses.asdict(self), "sample_shape": list(self.sample_shape)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DataSpec:
-        channels, height, width = values["image_shape"]
-        return cls(**{**values, "image_shape": (channels, height, width)})
+        return cls(**{**values, "sample_shape": tuple(values["sample_shape"])})
 
 
 class Samples(Protocol):
@@ -51,6 +56,21 @@ class Samples(Protocol):
 
     def read(self, indices: Indices) -> Images:
         """A fresh uint8 array (B, C, H, W) of the images at these indices."""
+        ...
+
+
+class Rows(Protocol):
+    """One split as the loader reads it: images, or rows of text."""
+
+    @property
+    def labels(self) -> Indices | Bytes:
+        """Class of every image, int64 (N,); or the byte that follows each of a row, uint8 (N, T)."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Indices) -> Images | Bytes:
+        """A fresh uint8 array, (B, C, H, W) of images or (B, T) of text."""
         ...
 
 
@@ -104,12 +124,12 @@ class Dataset:
     """A data set ready to train on.
 
     Attributes:
-        mean, std: of each channel, of pixels scaled to [0, 1]; published constants, not computed here.
+        mean, std: of each channel, of pixels scaled to [0, 1]; published constants, not computed here. A text has none.
     """
 
     spec: DataSpec
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    train: Samples
-    valid: Samples
-    test: Samples
+    train: Rows
+    valid: Rows
+    test: Rows

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipetrgl.config.schema import DataConfig
 from pipetrgl.data.augment import crop_and_flip, normalise
-from pipetrgl.data.dataset import Dataset, Indices
+from pipetrgl.data.dataset import Bytes, Dataset, Images, Indices, Rows
 from pipetrgl.data.itinerary import Itinerary, Stop
 from pipetrgl.data.order import Draws, epoch_draws, epoch_order
 from pipetrgl.microbatch import MicroBatch, Split
@@ -25,7 +26,7 @@ from pipetrgl.microbatch import MicroBatch, Split
 @dataclass(frozen=True, eq=False)
 class _Prepared:
     stop: Stop
-    images: NDArray[np.float32]
+    inputs: NDArray[np.float32] | Indices
     labels: Indices
     positions: Indices
 
@@ -80,6 +81,9 @@ class Loader:
         self._ends = ends or threading.Event()
         self._between_steps = True
         self._dataset = dataset
+        self._as_inputs = (
+            _tokens if dataset.spec.name == "text" else partial(normalise, mean=dataset.mean, std=dataset.std)
+        )
         self._config = config
         self._seed = seed
         stops = itinerary.stops(first_step)
@@ -170,20 +174,26 @@ class Loader:
         images = self._dataset.train.read(positions)
         if self._config.crop_padding or self._config.flip:
             images = crop_and_flip(images, epoch.draws.at(positions), self._config.crop_padding)
-        normal = normalise(images, self._dataset.mean, self._dataset.std)
-        return _Prepared(stop, normal, self._dataset.train.labels[positions], positions)
+        return self._prepared(stop, images, self._dataset.train, positions)
 
     def _evaluation(self, stop: Stop) -> _Prepared:
         samples = self._dataset.valid if stop.split is Split.VALID else self._dataset.test
         positions = np.arange(stop.first_row, stop.end_row, dtype=np.int64)
-        normal = normalise(samples.read(positions), self._dataset.mean, self._dataset.std)
-        return _Prepared(stop, normal, samples.labels[positions], positions)
+        return self._prepared(stop, samples.read(positions), samples, positions)
+
+    def _prepared(self, stop: Stop, read: Images, samples: Rows, positions: Indices) -> _Prepared:
+        labels = samples.labels[positions].astype(np.int64, copy=False)
+        return _Prepared(stop, self._as_inputs(read), labels, positions)
+
+
+def _tokens(rows: Bytes) -> Indices:
+    return rows.astype(np.int64)
 
 
 def _micro_batch(item: _Prepared) -> MicroBatch:
     stop = item.stop
     return MicroBatch(
-        activation=_tensor(item.images),
+        activation=_tensor(item.inputs),
         target=_tensor(item.labels),
         positions=_tensor(item.positions),
         split=stop.split,
