@@ -39,9 +39,9 @@ def read_database(folder: Path, name: str) -> dict[str, Any]:
     try:
         found = parse(_unpacked(index, _GZIP))
         if found["compressed"] != [1]:
-            raise _Refused("values that are not compressed by zlib")
+            raise Refused("values that are not compressed by zlib")
         return {variable: parse(_value(values, place)) for variable, place in found["variables"].items()}
-    except (_Refused, zlib.error, struct.error, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (Refused, zlib.error, struct.error, LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{values_file}: not read, {error or type(error).__name__}; install its package again"
         ) from error
@@ -62,7 +62,7 @@ class _Type(enum.IntEnum):
 _VECTORS = (_Type.LOGICALS, _Type.INTEGERS, _Type.STRINGS, _Type.LIST)
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """The message ends a sentence about what was met."""
 
 
@@ -74,11 +74,11 @@ def parse(content: bytes) -> Any:
 def _value(values: bytes, place: list[int]) -> bytes:
     first, size = place
     if first < 0 or size < 4 or first + size > len(values):
-        raise _Refused(f"a variable at {first} of {size} bytes in a file of {len(values)}")
+        raise Refused(f"a variable at {first} of {size} bytes in a file of {len(values)}")
     (length,) = struct.unpack_from(">I", values, first)
     content = _unpacked(values[first + 4 : first + size], zlib.MAX_WBITS)
     if len(content) != length:
-        raise _Refused(f"a variable of {len(content)} bytes, expected {length}")
+        raise Refused(f"a variable of {len(content)} bytes, expected {length}")
     return content
 
 
@@ -86,7 +86,7 @@ def _unpacked(packed: bytes, kind: int) -> bytes:
     reader = zlib.decompressobj(kind)
     content = reader.decompress(packed, MAX_BYTES)
     if not reader.eof:
-        raise _Refused(f"a value that is cut off, or has more than {MAX_BYTES} bytes")
+        raise Refused(f"a value that is cut off, or has more than {MAX_BYTES} bytes")
     return content
 
 
@@ -100,21 +100,21 @@ class _Parser:
 
     def value(self) -> Any:
         if self._bytes(2) != b"X\n":
-            raise _Refused("no value in R's XDR format")
+            raise Refused("no value in R's XDR format")
         version, _, _ = self._int(), self._int(), self._int()
         if version not in (2, 3):
-            raise _Refused(f"version {version} of R's format")
+            raise Refused(f"version {version} of R's format")
         if version == 3:
             self._bytes(self._length())  # name of the encoding in which R ran; strings say their own
         value = self._item()
         if self._at != len(self._content):
-            raise _Refused(f"{len(self._content) - self._at} bytes behind the value")
+            raise Refused(f"{len(self._content) - self._at} bytes behind the value")
         return value
 
     def _item(self) -> Any:
         self._deep += 1
         if self._deep > _MAX_DEEP:
-            raise _Refused(f"lists in lists, more than {_MAX_DEEP} deep")
+            raise Refused(f"lists in lists, more than {_MAX_DEEP} deep")
         flags = self._int()
         kind = flags & 0xFF
         value: Any = None
@@ -136,7 +136,7 @@ class _Parser:
             case _Type.PAIRS if flags == _PAIR:
                 value = self._pairs()
             case _:
-                raise _Refused(f"a value of R's type {kind} with flags {flags:#x}")
+                raise Refused(f"a value of R's type {kind} with flags {flags:#x}")
         if kind in _VECTORS and flags & _HAS_ATTRIBUTES:
             value = self._named(kind, value, self._item())
         self._deep -= 1
@@ -152,25 +152,25 @@ class _Parser:
             if flags == _Type.NIL:
                 return pairs
             if flags != _PAIR:
-                raise _Refused(f"a pair with flags {flags:#x}")
+                raise Refused(f"a pair with flags {flags:#x}")
 
     def _named(self, kind: int, value: list[Any], attributes: dict[str, Any]) -> Any:
         if kind != _Type.LIST or set(attributes) != {"names"} or len(attributes["names"]) != len(value):
-            raise _Refused(f"attributes {sorted(attributes)} of a value of R's type {kind}")
+            raise Refused(f"attributes {sorted(attributes)} of a value of R's type {kind}")
         return dict(zip(attributes["names"], value, strict=True))
 
     def _string(self, flags: int) -> str:
         size = self._int()
         if size < 0:
-            raise _Refused("a missing string, NA")
+            raise Refused("a missing string, NA")
         if not flags & _UTF8_OR_ASCII:
-            raise _Refused("a string that is neither ASCII nor UTF-8")
+            raise Refused("a string that is neither ASCII nor UTF-8")
         return self._bytes(size).decode()
 
     def _length(self) -> int:
         size = self._int()
         if not 0 <= size <= len(self._content) - self._at:
-            raise _Refused(f"a length of {size} with {len(self._content) - self._at} bytes left")
+            raise Refused(f"a length of {size} with {len(self._content) - self._at} bytes left")
         return size
 
     def _int(self) -> int:
@@ -181,6 +181,6 @@ class _Parser:
     def _bytes(self, size: int) -> bytes:
         part = self._content[self._at : self._at + size]
         if len(part) != size:
-            raise _Refused(f"{len(part)} bytes where {size} are expected")
+            raise Refused(f"{len(part)} bytes where {size} are expected")
         self._at += size
         return part

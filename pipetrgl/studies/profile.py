@@ -37,10 +37,10 @@ WARM_UP = 3
 
 @final
 class _Door(nn.Module):
-    """Hands its input on as if a block before it had made it: a gradient is wanted for it."""
+    """Hands its input on as if a block before it had made it: a gradient is wanted for it, unless it is tokens."""
 
     def forward(self, x: Tensor) -> BlockOutput:
-        return BlockOutput(x.detach().requires_grad_(torch.is_grad_enabled()))
+        return BlockOutput(x.detach().requires_grad_(x.is_floating_point() and torch.is_grad_enabled()))
 
 
 @final

@@ -14,6 +14,7 @@ from pipetrgl.launchers.start import describe
 from pipetrgl.studies.footprint import Footprint, count_at, count_saved, footprint, table
 from pipetrgl.studies.saved import SavedBytes
 from pipetrgl.worker import build_stage
+from tests.equivalence.runs import TEXT
 
 CPU = torch.device("cpu")
 NO_EVALUATION = {"valid_every": 0.0, "test_at_end": False}
@@ -128,12 +129,14 @@ def test_accumulating_gradients_keeps_one_micro_batch() -> None:
         {"name": "resnet", "depth": 18, "width": 4, "stem": "imagenet"},
         {"name": "vgg", "depth": 11, "width": 4},
         {"name": "vit", "depth": 2, "width": 8, "patch": 8, "dropout": 0.1, "head": {"name": "tokens"}},
+        {"name": "gpt", "depth": 2, "width": 8, "dropout": 0.1},
     ],
 )
 def test_counts_of_few_rows_lie_on_the_line_of_the_whole_batch(model: dict[str, Any]) -> None:
+    text = {"name": "text", "root": str(TEXT), "context": 5}
     config = Config.model_validate(
         {
-            "data": {"name": "synthetic", "shape": [3, 32, 32], "samples": 64},
+            "data": text if model["name"] == "gpt" else {"name": "synthetic", "shape": [3, 32, 32], "samples": 64},
             "model": model,
             "pipeline": {"stages": 2},
         }
