@@ -33,7 +33,7 @@ class DataSpec:
     @property
     def samples(self) -> str:
         """What they are, in words."""
-        return f"rows of {self.sample_shape[0]} bytes" if self.name == "text" else f"images of {self.sample_shape}"
+        return "rows of text" if self.name == "text" else "images"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON."""
