@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -80,9 +81,20 @@ class Network:
         blocks: in forward order; names are unique.
         input_shape: of one sample, (C, H, W) or (T,), without the batch.
         num_classes: outputs of every auxiliary head.
+        reads_tokens: samples are tokens, int64 (T,) below `num_classes`, and heads answer for each of them.
     """
 
     name: str
     blocks: tuple[BlockSpec, ...]
     input_shape: tuple[int, ...]
     num_classes: int
+    reads_tokens: bool = False
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        return torch.int64 if self.reads_tokens else torch.float32
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """Of one sample's target: (), a class, or (T,), a class for each token."""
+        return self.input_shape if self.reads_tokens else ()

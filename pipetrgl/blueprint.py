@@ -88,6 +88,18 @@ class Blueprint:
         needs_it = self.config.objective.needs_images and 0 < stage < self.num_stages - 1
         return self.network.input_shape if needs_it else None
 
+    @property
+    def logits_shape(self) -> tuple[int, ...]:
+        """Of one sample, of every head."""
+        return (*self.network.target_shape, self.network.num_classes)
+
+    def draw_input(self, stage: int, rows: int, generator: torch.Generator) -> torch.Tensor:
+        """What a stage could receive: normally distributed numbers, or any tokens."""
+        shape = (rows, *self.input_shape(stage))
+        if stage == 0 and self.network.reads_tokens:
+            return torch.randint(self.network.num_classes, shape, generator=generator)
+        return torch.randn(shape, generator=generator)
+
     def head(self, stage: int) -> torch.nn.Module:
         """A fresh auxiliary head, not initialised."""
         config = self.config.model.head
@@ -152,7 +164,7 @@ def draw_up(config: Config, spec: DataSpec) -> Blueprint:
         ConfigError: the cuts come from a plan of another network.
         DataError: the training split is too small for one step.
     """
-    network = zoo.build(config.model, spec.image_shape, spec.num_classes, config.objective.transport.impl)
+    network = zoo.build(config.model, spec.sample_shape, spec.num_classes, config.objective.transport.impl)
     if config.plan is not None:
         read_plan(Path(config.plan)).require_fit(network.name, tuple(block.name for block in network.blocks))
     counts = zoo.num_parameters(network)

@@ -208,7 +208,7 @@ def outline(blueprint: Blueprint) -> str:
     itinerary, spec = blueprint.itinerary, blueprint.spec
     lines = [
         f"{blueprint.network.name} on {spec.name}: {spec.num_train:,} train, {spec.num_valid:,} valid, "
-        f"{spec.num_test:,} test images of {spec.image_shape}, {spec.num_classes} classes",
+        f"{spec.num_test:,} test {spec.samples} of {spec.sample_shape}, {spec.num_classes} classes",
         f"{itinerary.total_steps} steps, {itinerary.steps_per_epoch} an epoch",
     ]
     for stage in range(blueprint.num_stages):

@@ -44,8 +44,8 @@ class Progress:
         self._latest = [{} for _ in range(blueprint.num_stages)]
         itinerary, spec = blueprint.itinerary, blueprint.spec
         self._console.print(
-            f"{blueprint.network.name} in {blueprint.num_stages} stages on {spec.name}: {spec.num_train:,} images, "
-            f"{itinerary.total_steps} steps of {blueprint.config.train.batch}",
+            f"{blueprint.network.name} in {blueprint.num_stages} stages on {spec.name}: "
+            f"{spec.num_train:,} {spec.samples}, {itinerary.total_steps} steps of {blueprint.config.train.batch}",
             highlight=False,
         )
         self._console.print(f"run folder: {run}", highlight=False, soft_wrap=True)

@@ -66,6 +66,11 @@ class MicroBatch:
         return int(self.target.shape[0])
 
     @property
+    def targets_per_row(self) -> int:
+        """1, or one for each token of a text."""
+        return self.target.shape[1:].numel()
+
+    @property
     def rows(self) -> range:
         """Of the step, that it holds."""
         return range(self.row_start, self.row_start + self.num_rows)

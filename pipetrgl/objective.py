@@ -184,8 +184,13 @@ class StageObjective:
             return transport_cost(displacement(z, output), self.norm)
 
     def task_loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy: mean over rows, label smoothing as configured. Logits (N, classes), target (N,)."""
-        return F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+        """Cross-entropy: mean over rows and tokens, label smoothing as configured.
+
+        Args:
+            logits: (N, classes), or (N, T, classes).
+            target: (N,), or (N, T).
+        """
+        return cross_entropy(logits, target, self.label_smoothing)
 
     def local_loss(self, logits: Tensor, target: Tensor, costs: Sequence[Tensor]) -> LocalLoss:
         """Task loss plus weighted transport cost of the blocks in `costs`; does not touch the multiplier."""
@@ -201,12 +206,19 @@ class StageObjective:
         """The task loss as a multiplier shall see it, before the step's loss is weighted with it; without graph."""
         with torch.no_grad():
             smoothing = 0.0 if self.unsmoothed else self.label_smoothing
-            return F.cross_entropy(logits, target, label_smoothing=smoothing)
+            return cross_entropy(logits, target, smoothing)
 
     @property
     def adapts(self) -> bool:
         """Whether the multiplier observes anything; saves a cross-entropy a step where it has none."""
         return isinstance(self.weight, MultiplierWeight)
+
+
+def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
+    """Over all rows, and all their tokens where there are any; in the form that is deterministic on every device."""
+    return F.cross_entropy(
+        logits.flatten(0, -2), target.flatten(), label_smoothing=label_smoothing, reduction=reduction
+    )
 
 
 def displacement(x: Tensor, y: Tensor) -> tuple[Residual, ...]:

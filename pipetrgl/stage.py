@@ -27,7 +27,7 @@ class StageOutput:
 
     Attributes:
         activation: T_k(z), float32, with graph while training; the loop detaches it before it leaves.
-        logits: F_k(T_k(z)), (N, classes), float32.
+        logits: F_k(T_k(z)), (N, classes) or of a text (N, T, classes), float32.
         loss: the local loss on this micro-batch, with graph while training.
         cost_names: the block of each entry of `loss.by_block`.
     """
@@ -110,7 +110,7 @@ class Stage:
         """Run blocks, head and local loss.
 
         Args:
-            micro_batch: activation (N, ...) and target (N,), on any device.
+            micro_batch: activation (N, ...) and target (N,) or (N, T), on any device.
             train: train mode with graph, and dropout seeded by (seed, block, step); else eval mode without graph.
         """
         for module in (*self.blocks, self.head, self.criterion):

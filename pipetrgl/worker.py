@@ -204,8 +204,8 @@ def build_trainee(job: Job, stage: Stage) -> loop.Trainee:
 
 def _emulated(blueprint: Blueprint, stage: Stage) -> EmulatedStage:
     """The stage on a device that only takes its time."""
-    shape, num_classes = blueprint.output_shape(stage.index), blueprint.spec.num_classes
-    return EmulatedStage(stage, shape, num_classes, blueprint.max_rows, Times(blueprint.config, stage.index), Device())
+    shape, times = blueprint.output_shape(stage.index), Times(blueprint.config, stage.index)
+    return EmulatedStage(stage, shape, blueprint.logits_shape, blueprint.max_rows, times, Device())
 
 
 def build_plan(job: Job) -> Plan:

@@ -52,6 +52,16 @@ def test_local_loss_is_task_loss_plus_cost_over_two_tau_to_the_last_digit() -> N
     assert [float(cost) for cost in loss.by_block] == [float(cost) for cost in costs]
 
 
+def test_the_task_loss_of_a_text_is_the_mean_over_all_tokens() -> None:
+    logits, target = torch.randn(2, 3, 5), torch.tensor([[0, 4, 1], [2, 2, 3]])
+    tokens = [logits[n, t].log_softmax(0) for n in range(2) for t in range(3)]
+    right = torch.stack([row[int(byte)] for row, byte in zip(tokens, target.flatten(), strict=True)])
+    spread = torch.stack([row.mean() for row in tokens])
+    expected = -(0.9 * right + 0.1 * spread).mean()
+    # float32 sums of six terms
+    torch.testing.assert_close(objective(label_smoothing=0.1).task_loss(logits, target), expected, rtol=1e-6, atol=0)
+
+
 def test_infinite_tau_leaves_the_task_loss_alone_and_keeps_no_graph() -> None:
     for plain in (objective(tau=math.inf), objective(name="vangl")):
         x = torch.randn(2, 3, requires_grad=True)

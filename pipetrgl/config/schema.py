@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -32,18 +32,23 @@ def _raise(faults: list[str]) -> None:
 
 
 class DataConfig(Section):
-    """Where the images come from and how they are prepared; only stage 0 reads them."""
+    """Where the images or the text come from and how they are prepared; only stage 0 reads them."""
 
     name: Literal[
-        "fashion_mnist_mini", "fashion_mnist", "mnist_idx", "cifar10", "cifar100", "stl10", "image_folder", "synthetic"
-    ] = "fashion_mnist_mini"
-    """The data set."""
+        "fashion_mnist_mini", "fashion_mnist", "mnist_idx", "cifar10", "cifar100", "stl10", "image_folder", "synthetic",
+        "text",
+    ] = "fashion_mnist_mini"  # fmt: skip
+    """The data set; text: the bytes of a file, for model.name: gpt."""
     root: Folder | None = None
-    """Folder with its files, relative to the config file; unset: $PIPETRGL_DATA, then the usual places."""
+    """Folder with its files, relative to the config file; unset: $PIPETRGL_DATA, then the usual places. text: a UTF-8
+    file; unset: the novels of Debian's package r-cran-janeaustenr."""
     valid_fraction: Fraction = 0.1
-    """Share of the training images held out as the validation split: stratified by class, fixed by the seed."""
+    """Share of the training images held out as the validation split: stratified by class, fixed by the seed. Of text:
+    the end of the training part."""
     num_train: Positive | None = None
-    """Keep only this many training images, class-balanced, after the validation split is taken."""
+    """Keep only this many training images, class-balanced, after the validation split is taken; of text the first."""
+    context: Positive = 128
+    """Bytes that a row reads, each of which the next one is to be told of (text only)."""
     crop_padding: NonNegative = 0
     """Random crop after zero padding by this many pixels; 0 switches it off."""
     flip: bool = False
@@ -63,6 +68,10 @@ class DataConfig(Section):
     def _only_where_used(self) -> DataConfig:
         unused = [] if self.name == "synthetic" else sorted({"shape", "num_classes", "samples"} & self.model_fields_set)
         faults = [f"{field}: only used with data.name: synthetic" for field in unused]
+        if self.name != "text" and "context" in self.model_fields_set:
+            faults.append("context: only used with data.name: text")
+        if self.name == "text":
+            faults += [f"{field}: text is not augmented" for field in ("crop_padding", "flip") if getattr(self, field)]
         if self.image_size is not None and self.name != "image_folder":
             faults.append("image_size: only used with data.name: image_folder")
         _raise(faults)
@@ -72,8 +81,10 @@ class DataConfig(Section):
 class HeadConfig(Section):
     """The auxiliary head of every stage."""
 
-    name: Literal["conv1", "linear1", "linear2", "linear3", "pool_linear", "conv1_fc2", "mlp_sr", "tokens"] = "conv1"
-    """Layers, as in docs/method.md."""
+    name: Literal[
+        "conv1", "linear1", "linear2", "linear3", "pool_linear", "conv1_fc2", "mlp_sr", "tokens", "next_token"
+    ] = "conv1"
+    """Layers, as in docs/method.md; a gpt has next_token, also where none is written."""
     pool: Positive | None = None
     """Side of the average pool of conv1; unset: 16 on maps of 48 or larger, 8 below, never above the map's own side."""
 
@@ -90,32 +101,47 @@ class InitConfig(Section):
 class ModelConfig(Section):
     """The network and where it is cut."""
 
-    name: Literal["resnet", "resnet_preact", "vgg", "mlp", "vit"] | Foreign = "resnet"
-    """Family; or another library's classifier, such as torchvision:swin_t or timm:vit_tiny_patch16_224."""
+    name: Literal["resnet", "resnet_preact", "vgg", "mlp", "vit", "gpt"] | Foreign = "resnet"
+    """Family, gpt for text, the others for images; or another library's classifier, such as torchvision:swin_t or
+    timm:vit_tiny_patch16_224."""
     depth: Positive = 14
-    """resnet: 6n + 2 (stem cifar16) or 18, 34, 50, 101, 152; resnet_preact, mlp, vit: blocks; vgg: 11, 13, 16, 19."""
+    """resnet: 6n + 2 (stem cifar16) or 18, 34, 50, 101, 152; vgg: 11, 13, 16, 19; the others: blocks."""
     stem: Literal["cifar16", "cifar", "imagenet", "tiny_imagenet"] = "cifar16"
     """resnet: cifar16 is 3x3 to `width` channels with option-A shortcuts; cifar 3x3 s1; imagenet 7x7 s2 and max-pool;
     tiny_imagenet 7x7 s2."""
     width: Positive | None = None
-    """Channels of the first resolution group, hidden units of the MLP, or embedding size of the ViT; unset: the
-    family's usual."""
+    """Channels of the first resolution group, hidden units of the MLP, or embedding size of ViT and GPT; unset:
+    the family's usual."""
     batch_norm: bool = True
     """vgg and mlp: BatchNorm after each convolution or linear layer."""
     patch: Positive = 4
     """vit: side of a patch in pixels."""
     num_heads: Positive | None = None
-    """vit: attention heads; unset: one for each 64 features, at least 1."""
+    """vit and gpt: attention heads; unset: one for each 64 features, at least 1."""
     dropout: Fraction = 0.0
-    """vit and mlp: dropout after each linear layer."""
+    """vit, gpt and mlp: dropout after each linear layer."""
     drop_path: Fraction = 0.0
-    """vit: stochastic depth, rising linearly from 0 at the first block to this at the last."""
+    """vit and gpt: stochastic depth, rising linearly from 0 at the first block to this at the last."""
     init: InitConfig = InitConfig()
     head: HeadConfig = HeadConfig()
     cuts: Literal["even", "parameters", "auto"] | list[Positive] | list[str] = "even"
     """Blocks of each stage: even by count, even by parameters, a list of counts, or a list of each later stage's first
     block. auto: profile this machine first, then train what `pipetrgl plan` would find for the workers of
     pipeline.stages and pipeline.replicas; no stage gets more replicas than the most that are written there."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_has_a_head_of_its_own(cls, values: Any) -> Any:
+        head = values.get("head", {}) if isinstance(values, dict) and values.get("name") == "gpt" else None
+        return {**values, "head": {"name": "next_token", **head}} if isinstance(head, dict) else values
+
+    @model_validator(mode="after")
+    def _heads_answer_what_is_asked(self) -> ModelConfig:
+        if (self.name == "gpt") != (self.head.name == "next_token"):
+            raise ValueError(
+                f"head.name: a {self.name} cannot have '{self.head.name}'; next_token is for gpt alone, its only head"
+            )
+        return self
 
 
 class MultiplierConfig(Section):
@@ -551,8 +577,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _kernels_exist(self) -> Config:
         faults = []
-        if self.train.channels_last and self.model.name == "mlp":
-            faults.append("train.channels_last: model.name: mlp has vectors only, no maps to lay out")
+        if self.train.channels_last and self.model.name in ("mlp", "gpt"):
+            faults.append(f"train.channels_last: model.name: {self.model.name} has no maps to lay out")
         if self.train.compile and self.pipeline.batch_norm == "synchronised":
             faults.append("train.compile: not with pipeline.batch_norm: synchronised, whose sums cannot be traced")
         if self.optim.fused and self.train.precision == "fp16" and self.optim.name == "sgd" and self.optim.momentum > 0:
@@ -560,6 +586,22 @@ class Config(Section):
                 "optim.fused: not for sgd with momentum and train.precision: fp16; where the loss scale leaves out the "
                 "first update, torch's fused SGD goes on with a momentum that it never set; use bf16, or adam or adamw"
             )
+        _raise(faults)
+        return self
+
+    @model_validator(mode="after")
+    def _text_is_for_gpt(self) -> Config:
+        faults, text = [], self.data.name == "text"
+        if text != (self.model.name == "gpt"):
+            what = "text, which only gpt reads" if text else f"{self.data.name}, which are images; gpt reads text"
+            faults.append(f"model.name: '{self.model.name}' with data.name: {what}")
+        if text and self.objective.name in ("predsim", "infopro"):
+            faults.append(f"objective.name: '{self.objective.name}' is defined for images, not for text")
+        faults += [
+            f"launcher.faults.{number}.action: stage 0 reads bytes, of which none is nan; poison a later stage"
+            for number, fault in enumerate(self.launcher.faults)
+            if text and fault.action == "nan" and fault.stage == 0
+        ]
         _raise(faults)
         return self
 

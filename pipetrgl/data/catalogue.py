@@ -14,13 +14,14 @@ from pipetrgl.data.image_folder import image_folder
 from pipetrgl.data.mini import fashion_mnist_mini
 from pipetrgl.data.stl10 import stl10
 from pipetrgl.data.synthetic import synthetic
+from pipetrgl.data.text import text
 from pipetrgl.seeds import numpy_stream
 
 _NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
 
 
 def load(config: DataConfig, seed: int, environ: Mapping[str, str] = _NO_VARIABLES) -> Dataset:
-    """The configured data set, with a stratified validation split held out of its training images.
+    """The configured data set, with a validation split held out: stratified, or of a text a part of the file.
 
     Args:
         seed: fixes the validation split, the images that `num_train` keeps and the synthetic images.
@@ -28,6 +29,8 @@ def load(config: DataConfig, seed: int, environ: Mapping[str, str] = _NO_VARIABL
     Raises:
         DataError: files missing or damaged, or splits that cannot be made of them.
     """
+    if config.name == "text":
+        return text(config)
     collection = _published(config, seed, environ)
     train, valid = hold_out(collection.train.labels, config.valid_fraction, numpy_stream(seed, "validation"))
     if config.num_train is not None:
@@ -38,7 +41,7 @@ def load(config: DataConfig, seed: int, environ: Mapping[str, str] = _NO_VARIABL
         num_train=len(train),
         num_valid=len(valid),
         num_test=len(collection.test),
-        image_shape=collection.image_shape,
+        sample_shape=collection.image_shape,
         num_classes=collection.num_classes,
         mean=collection.mean,
         std=collection.std,
@@ -71,3 +74,5 @@ def _published(config: DataConfig, seed: int, environ: Mapping[str, str]) -> Col
             return image_folder(config, environ)
         case "synthetic":
             return synthetic(config, seed)
+        case "text":
+            raise AssertionError("a text is no collection of images")

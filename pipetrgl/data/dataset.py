@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Images = NDArray[np.uint8]
+Bytes = NDArray[np.uint8]
 Indices = NDArray[np.int64]
+_TUPLES = ("sample_shape", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -19,29 +21,32 @@ class DataSpec:
     """What every worker must know of the data, though only stage 0 reads it.
 
     Attributes:
-        image_shape: channels, height, width.
-        mean, std: of each channel, of pixels scaled to [0, 1]: what images are normalised with.
+        sample_shape: (C, H, W) of an image, (T,) of a row of text, whose target is a class for each of its T tokens.
+        mean, std: of each channel, of pixels scaled to [0, 1]: what images are normalised with; a text has none.
     """
 
     name: str
     num_train: int
     num_valid: int
     num_test: int
-    image_shape: tuple[int, int, int]
+    sample_shape: tuple[int, ...]
     num_classes: int
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
 
+    @property
+    def samples(self) -> str:
+        """What they are, in words."""
+        return "rows of text" if self.name == "text" else "images"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON."""
-        lists = {"image_shape": list(self.image_shape), "mean": list(self.mean), "std": list(self.std)}
+        lists = {name: list(getattr(self, name)) for name in _TUPLES}
         return {**dataclasses.asdict(self), **lists}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DataSpec:
-        channels, height, width = values["image_shape"]
-        tuples = {"image_shape": (channels, height, width), "mean": tuple(values["mean"]), "std": tuple(values["std"])}
-        return cls(**{**values, **tuples})
+        return cls(**{**values, **{name: tuple(values[name]) for name in _TUPLES}})
 
 
 class Samples(Protocol):
@@ -56,6 +61,21 @@ class Samples(Protocol):
 
     def read(self, indices: Indices) -> Images:
         """A fresh uint8 array (B, C, H, W) of the images at these indices."""
+        ...
+
+
+class Rows(Protocol):
+    """One split as the loader reads it: images, or rows of text."""
+
+    @property
+    def labels(self) -> Indices | Bytes:
+        """Class of every image, int64 (N,); or the byte that follows each of a row, uint8 (N, T)."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Indices) -> Images | Bytes:
+        """A fresh uint8 array, (B, C, H, W) of images or (B, T) of text."""
         ...
 
 
@@ -109,12 +129,12 @@ class Dataset:
     """A data set ready to train on.
 
     Attributes:
-        mean, std: of each channel, of pixels scaled to [0, 1]; published constants, not computed here.
+        mean, std: of each channel, of pixels scaled to [0, 1]; published constants, not computed here. A text has none.
     """
 
     spec: DataSpec
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    train: Samples
-    valid: Samples
-    test: Samples
+    train: Rows
+    valid: Rows
+    test: Rows

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipetrgl.config.schema import DataConfig
 from pipetrgl.data.augment import crop_and_flip, normalise
-from pipetrgl.data.dataset import Dataset, Indices
+from pipetrgl.data.dataset import Bytes, Dataset, Images, Indices, Rows
 from pipetrgl.data.itinerary import Itinerary, Stop
 from pipetrgl.data.order import Draws, epoch_draws, epoch_order
 from pipetrgl.data.seen import NothingSeen, Seen
@@ -26,7 +27,7 @@ from pipetrgl.microbatch import MicroBatch, Split
 @dataclass(frozen=True, eq=False)
 class _Prepared:
     stop: Stop
-    images: NDArray[np.float32] | None  # None: a tick
+    inputs: NDArray[np.float32] | Indices | None  # None: a tick
     labels: Indices
     positions: Indices
 
@@ -86,6 +87,9 @@ class Loader:
         self._seen = seen or NothingSeen()
         self._between_steps = True
         self._dataset = dataset
+        self._as_inputs = (
+            _tokens if dataset.spec.name == "text" else partial(normalise, mean=dataset.mean, std=dataset.std)
+        )
         self._config = config
         self._seed = seed
         self._images_ride = images_ride
@@ -176,26 +180,34 @@ class Loader:
 
     def _training(self, stop: Stop, epoch: _Epoch) -> _Prepared:
         positions = epoch.order[stop.first_row : stop.end_row].copy()
-        labels = self._dataset.train.labels[positions]
         if self._seen.all(stop.step, positions):
-            return _Prepared(stop, None, labels, positions)
+            return _Prepared(stop, None, _labels(self._dataset.train, positions), positions)
         images = self._dataset.train.read(positions)
         if self._config.crop_padding or self._config.flip:
             images = crop_and_flip(images, epoch.draws.at(positions), self._config.crop_padding)
-        normal = normalise(images, self._dataset.mean, self._dataset.std)
-        return _Prepared(stop, normal, labels, positions)
+        return self._prepared(stop, images, self._dataset.train, positions)
 
     def _evaluation(self, stop: Stop) -> _Prepared:
         samples = self._dataset.valid if stop.split is Split.VALID else self._dataset.test
         positions = np.arange(stop.first_row, stop.end_row, dtype=np.int64)
-        normal = normalise(samples.read(positions), self._dataset.mean, self._dataset.std)
-        return _Prepared(stop, normal, samples.labels[positions], positions)
+        return self._prepared(stop, samples.read(positions), samples, positions)
+
+    def _prepared(self, stop: Stop, read: Images, samples: Rows, positions: Indices) -> _Prepared:
+        return _Prepared(stop, self._as_inputs(read), _labels(samples, positions), positions)
+
+
+def _labels(samples: Rows, positions: Indices) -> Indices:
+    return samples.labels[positions].astype(np.int64, copy=False)
+
+
+def _tokens(rows: Bytes) -> Indices:
+    return rows.astype(np.int64)
 
 
 def _micro_batch(item: _Prepared) -> MicroBatch:
     stop = item.stop
     return MicroBatch(
-        activation=() if item.images is None else _tensor(item.images),
+        activation=() if item.inputs is None else _tensor(item.inputs),
         target=_tensor(item.labels),
         positions=_tensor(item.positions),
         split=stop.split,

@@ -87,20 +87,26 @@ class EmulatedStage:
     Args:
         stage: stands for its weights and counts its updates; computes nothing.
         shape: of one sample of the activation.
-        num_classes: of the head.
+        logits_shape: of one sample.
         max_rows: of any micro-batch.
         times: of the stage.
         device: takes them.
     """
 
     def __init__(
-        self, stage: Stage, shape: tuple[int, ...], num_classes: int, max_rows: int, times: Times, device: Device
+        self,
+        stage: Stage,
+        shape: tuple[int, ...],
+        logits_shape: tuple[int, ...],
+        max_rows: int,
+        times: Times,
+        device: Device,
     ) -> None:
         self._stage = stage
         self._times = times
         self._device = device
         self._activation = torch.zeros(max_rows, *shape)
-        self._logits = torch.zeros(max_rows, num_classes)
+        self._logits = torch.zeros(max_rows, *logits_shape)
         self._outputs: dict[tuple[int, bool], StageOutput] = {}
         zero = torch.zeros(())
         self._passed = LocalLoss(zero, zero, zero, ())

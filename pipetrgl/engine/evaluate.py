@@ -7,13 +7,13 @@ import math
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipetrgl.channels.replicas import summed
 from pipetrgl.engine.metrics import Row, Sink
 from pipetrgl.errors import DivergedError
 from pipetrgl.microbatch import MicroBatch, Split
+from pipetrgl.objective import cross_entropy
 from pipetrgl.stage import Stage, StageOutput
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Evaluation:
         if micro_batch.split is Split.TRAIN or micro_batch.is_tick:
             return
         target = micro_batch.target.to(output.logits.device)
-        loss = F.cross_entropy(output.logits, target, reduction="sum")
+        loss = cross_entropy(output.logits, target, reduction="sum")
         correct = (output.logits.argmax(-1) == target).sum().to(loss.dtype)
         sums = torch.stack([loss, correct])
         self._sums = sums if self._sums is None else self._sums + sums
@@ -66,13 +66,13 @@ class Evaluation:
             if self._on_nonfinite == "stop":
                 raise DivergedError(f"{text}; lower optim.lr, or raise objective.transport.tau")
             logger.warning("%s; the row holds null", text)
-        known = finite and self._learns
+        known, answers = finite and self._learns, rows * micro_batch.targets_per_row
         return {
             "kind": micro_batch.split.label,
             "stage": self._stage.index,
             "step": micro_batch.step,
             "epoch": micro_batch.epoch,
-            "task_loss": loss / rows if known else None,
-            "accuracy": correct / rows if known else None,
+            "task_loss": loss / answers if known else None,
+            "accuracy": correct / answers if known else None,
             "num_samples": int(rows),
         }

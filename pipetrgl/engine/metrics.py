@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 _MAX_KEPT = 16
 """Micro-batches that are kept before they are added up; more only where one step has more."""
 
+_MAX_KEPT_LOGITS = 2**20
+"""The same of their logits, of which a text has as many for each token."""
+
 NUMBERS = {
     "step": "Optimizer steps that the stage has reported.",
     "local_loss": "Mean local loss since the last row.",
@@ -66,6 +69,7 @@ class TrainMetrics:
         self._cost_names: tuple[str, ...] = ()
         self._kept: list[_Kept] = []  # not in the sums yet
         self._num_earlier = 0  # of these, those of steps before the one at hand
+        self._targets_per_row = 1
         self._skipped = stage.skipped_updates
         self._unwritten = False  # a micro-batch has passed since the last row
         self._step = self._epoch = 0
@@ -74,7 +78,7 @@ class TrainMetrics:
         if not output.trained:
             self._clock.skip()
             return
-        self._cost_names = output.cost_names
+        self._cost_names, self._targets_per_row = output.cost_names, micro_batch.targets_per_row
         self._clock.count(micro_batch.num_rows)
         loss = output.loss
         losses = (loss.total.detach(), loss.task, loss.transport, *loss.by_block)
@@ -84,7 +88,7 @@ class TrainMetrics:
             if self._stage.skipped_updates > self._skipped:
                 self._skipped = self._stage.skipped_updates
                 del self._kept[self._num_earlier :]  # a step that was skipped is no part of the means
-            if len(self._kept) >= _MAX_KEPT:
+            if len(self._kept) >= min(_MAX_KEPT, _MAX_KEPT_LOGITS // output.logits.numel()):
                 self._add_up()
             self._num_earlier = len(self._kept)
             if micro_batch.closes_phase or self._step % self._every == 0:
@@ -185,7 +189,7 @@ class TrainMetrics:
             "task_loss": task,
             "transport_cost": transport,
             "transport_cost_by_block": dict(zip(self._cost_names, by_block, strict=True)),
-            "accuracy": correct,
+            "accuracy": correct / self._targets_per_row,
         }
 
 

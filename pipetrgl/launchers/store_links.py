@@ -97,7 +97,7 @@ class StoreLinks:
             run_id=self._run_id,
             capacity=channel.capacity,
             codec=CODECS[channel.codec],
-            label_words=label_words(self._blueprint.max_rows),
+            label_words=label_words(self._blueprint.max_rows, self._blueprint.network.target_shape),
             timeout_s=channel.wait_timeout_s,
             sender=name_of(sender),
             receiver=name_of(receiver),

@@ -31,7 +31,7 @@ def build(name: str, pool: int | None, input_shape: tuple[int, ...], num_classes
         pool: `HeadConfig.pool`, side of conv1's average pool; None is 16 on maps of 48 or larger, 8 below; either is
             lowered to the map's own side.
         input_shape: of one activation: (C, H, W), (T, D) or (F,).
-        num_classes: outputs.
+        num_classes: outputs; those of next_token are (N, T, num_classes).
     Raises:
         ModelError: an unknown name, a head that cannot read such an activation, or a pool for another head than conv1.
     """
@@ -44,7 +44,10 @@ def build(name: str, pool: int | None, input_shape: tuple[int, ...], num_classes
     head = _HEADS[name]
     if len(input_shape) not in head.axes:
         kind = {1: "a flat vector", 2: "tokens", 3: "a map"}[len(input_shape)]
-        fitting = ", ".join(other for other, entry in _HEADS.items() if len(input_shape) in entry.axes)
+        # that of text goes without saying: the schema lets a gpt have no other, and nothing else have it
+        fitting = ", ".join(
+            other for other, entry in _HEADS.items() if len(input_shape) in entry.axes and other != "next_token"
+        )
         raise ModelError(
             f"model.head.name: '{name}' cannot read {kind} of shape {input_shape}. Heads that fit: {fitting}."
         )
@@ -175,6 +178,11 @@ def _tokens(shape: Shape, pool: int | None, num_classes: int) -> nn.Module:
     return _sequence(norm=nn.LayerNorm(features, eps=1e-6), mean=Mean(1), linear=nn.Linear(features, num_classes))
 
 
+def _next_token(shape: Shape, pool: int | None, num_classes: int) -> nn.Module:
+    features = shape[1]
+    return _sequence(norm=nn.LayerNorm(features, eps=1e-6), linear=nn.Linear(features, num_classes))
+
+
 _HEADS = {
     "conv1": _Head(_conv1, axes=(3,)),
     "linear1": _Head(_linear1, axes=(1, 2, 3)),
@@ -184,4 +192,5 @@ _HEADS = {
     "conv1_fc2": _Head(_conv1_fc2, axes=(3,)),
     "mlp_sr": _Head(_mlp_sr, axes=(3,)),
     "tokens": _Head(_tokens, axes=(2,)),
+    "next_token": _Head(_next_token, axes=(2,)),
 }

@@ -20,7 +20,7 @@ def initialise(module: nn.Module, config: InitConfig, generator: torch.Generator
     """Overwrite every parameter, and reset running statistics.
 
     Convolution and linear weights follow `config`; biases start at 0, normalisation at 1 and 0, class tokens at 0,
-    position tables at N(0, 0.02); scales of residual branches stay as they are.
+    tables of positions and tokens at N(0, 0.02); scales of residual branches stay as they are.
 
     Args:
         module: a block or a head on the CPU in float32, so that its weights do not depend on the device.
@@ -36,6 +36,8 @@ def initialise(module: nn.Module, config: InitConfig, generator: torch.Generator
                 parameter.fill_(1.0 if name == "weight" else 0.0)
             elif isinstance(owner, (nn.Conv2d, nn.Linear)) and name == "weight":
                 _draw(parameter, config, generator)
+            elif isinstance(owner, nn.Embedding):
+                parameter.normal_(std=POSITION_STD, generator=generator)
             elif name == "in_proj_weight":
                 # Query, key and value are three linear layers in one tensor, and start as three.
                 for projection in parameter.chunk(3):

@@ -34,19 +34,33 @@ def build(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, i
     width = config.width or WIDTH
     if height % config.patch or width_px % config.patch:
         raise ModelError(f"model.patch: patches of side {config.patch} do not tile images of {height}x{width_px}.")
-    num_heads = config.num_heads or max(1, width // FEATURES_OF_A_HEAD)
-    if width % num_heads:
-        raise ModelError(f"model.num_heads: {num_heads} heads cannot share a width of {width} evenly.")
+    num_heads = attention_heads(config, width)
     refuse_identity(impl, "encoder_layer_0")
     num_patches = (height // config.patch) * (width_px // config.patch)
     embed = partial(PatchEmbedding, channels, width, config.patch, num_patches, config.dropout)
     blocks = [BlockSpec("stem", "", embed, counted=False)]
     for index in range(config.depth):
-        rate = config.drop_path * index / max(1, config.depth - 1)
-        make = partial(EncoderLayer, width, num_heads, config.dropout, rate)
+        make = partial(EncoderLayer, width, num_heads, config.dropout, drop_path_rate(config, index))
         blocks.append(BlockSpec(f"encoder_layer_{index}", f"encoder.layers.encoder_layer_{index}.", make))
     blocks.append(BlockSpec("encoder_ln", "encoder.", partial(LastNorm, width), counted=False))
     return Network(f"vit-{config.depth}", tuple(blocks), input_shape, num_classes)
+
+
+def attention_heads(config: ModelConfig, width: int) -> int:
+    """How many share the width.
+
+    Raises:
+        ModelError: they cannot do so evenly.
+    """
+    num_heads = config.num_heads or max(1, width // FEATURES_OF_A_HEAD)
+    if width % num_heads:
+        raise ModelError(f"model.num_heads: {num_heads} heads cannot share a width of {width} evenly.")
+    return num_heads
+
+
+def drop_path_rate(config: ModelConfig, index: int) -> float:
+    """Of layer `index`: on a straight line from 0 at the first layer to `drop_path` at the last."""
+    return config.drop_path * index / max(1, config.depth - 1)
 
 
 class PatchEmbedding(nn.Module):
@@ -56,7 +70,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.conv_proj = nn.Conv2d(in_channels, width, patch, stride=patch)
-        self.encoder = _Positions(1 + num_patches, width)
+        self.encoder = Positions(1 + num_patches, width)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> BlockOutput:
@@ -65,7 +79,7 @@ class PatchEmbedding(nn.Module):
         return BlockOutput(self.dropout(self.encoder(tokens)))
 
 
-class _Positions(nn.Module):
+class Positions(nn.Module):
     """Adds the position table; a module of its own for the sake of torchvision's name, encoder.pos_embedding."""
 
     def __init__(self, num_tokens: int, width: int) -> None:
@@ -77,12 +91,16 @@ class _Positions(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """(N, T, D) -> the same; both residual branches end in a linear layer."""
+    """(N, T, D) -> the same; both residual branches end in a linear layer.
 
-    def __init__(self, width: int, num_heads: int, dropout: float, drop_path: float) -> None:
+    Args:
+        causal: a token attends to itself and those before it only, as in a decoder.
+    """
+
+    def __init__(self, width: int, num_heads: int, dropout: float, drop_path: float, causal: bool = False) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps=EPS)
-        self.self_attention = SelfAttention(width, num_heads)
+        self.self_attention = SelfAttention(width, num_heads, causal)
         self.dropout = Dropout(dropout)
         self.drop_path1 = DropPath(drop_path)
         self.ln_2 = nn.LayerNorm(width, eps=EPS)
@@ -109,9 +127,10 @@ class SelfAttention(nn.Module):
     `nn.MultiheadAttention` only borrows the weights of its `out_proj`, so no hook there would see the input.
     """
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, causal: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.causal = causal
         self.in_proj_weight = nn.Parameter(torch.zeros(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -120,7 +139,7 @@ class SelfAttention(nn.Module):
         rows, tokens, width = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.view(rows, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(rows, tokens, width))
         return out
 

@@ -9,7 +9,7 @@ import torch
 from pipetrgl.blocks import BlockOutput, BlockSpec, Network
 from pipetrgl.config.schema import ModelConfig
 from pipetrgl.errors import ModelError
-from pipetrgl.models import mlp, resnet, resnet_preact, timm_models, torchvision_models, vgg, vit
+from pipetrgl.models import gpt, mlp, resnet, resnet_preact, timm_models, torchvision_models, vgg, vit
 
 Builder = Callable[[ModelConfig, tuple[int, ...], int, str], Network]
 
@@ -19,6 +19,7 @@ FAMILIES: dict[str, tuple[Builder, frozenset[str]]] = {
     "vgg": (vgg.build, frozenset({"width", "batch_norm"})),
     "mlp": (mlp.build, frozenset({"width", "batch_norm", "dropout"})),
     "vit": (vit.build, frozenset({"width", "patch", "num_heads", "dropout", "drop_path"})),
+    "gpt": (gpt.build, frozenset({"width", "num_heads", "dropout", "drop_path"})),
 }
 """Each family's builder, and those of the options below that it uses."""
 
@@ -36,7 +37,7 @@ def build(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, i
 
     Args:
         config: family and size.
-        input_shape: of one sample, (C, H, W).
+        input_shape: of one sample, (C, H, W), or (T,) of a gpt.
         num_classes: outputs of every auxiliary head.
         impl: `TransportConfig.impl`; "autograd" keeps every residual, the others use the BatchNorm identity where a
             branch ends in BatchNorm.
@@ -50,8 +51,9 @@ def build(config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, i
     for option in (*OPTIONS, "depth") if theirs else OPTIONS:
         if option not in used and getattr(config, option) != ModelConfig.model_fields[option].default:
             raise ModelError(f"model.{option}: has no effect on a {config.name}; remove it.")
-    if config.name != "mlp" and len(input_shape) != 3:
-        raise ModelError(f"model.name: a {config.name} reads images (C, H, W), not samples of shape {input_shape}.")
+    if config.name != "mlp" and len(input_shape) != (1 if config.name == "gpt" else 3):
+        reads = "rows of text (T,)" if config.name == "gpt" else "images (C, H, W)"
+        raise ModelError(f"model.name: a {config.name} reads {reads}, not samples of shape {input_shape}.")
     return make(config, input_shape, num_classes, impl)
 
 
@@ -61,7 +63,7 @@ def output_shapes(network: Network) -> tuple[tuple[int, ...], ...]:
     Raises:
         ModelError: a block cannot work on what reaches it, for the input is too small.
     """
-    x = torch.empty(2, *network.input_shape, device="meta")
+    x = torch.empty(2, *network.input_shape, dtype=network.input_dtype, device="meta")
     shapes: list[tuple[int, ...]] = []
     for spec in network.blocks:
         try:

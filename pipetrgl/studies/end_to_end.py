@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +23,7 @@ from pipetrgl.config.schema import Config, ObjectiveConfig
 from pipetrgl.errors import ConfigError
 from pipetrgl.microbatch import MicroBatch
 from pipetrgl.models import stochastic
+from pipetrgl.objective import cross_entropy as cross_entropy_of
 from pipetrgl.seeds import derive
 from pipetrgl.studies.contenders import Seat
 from pipetrgl.studies.stage_turns import CPU, InMemory
@@ -127,8 +127,8 @@ def uncut_job(seat: Seat) -> Job:
 
 
 def cross_entropy(blueprint: Blueprint, logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over rows, with the config's label smoothing."""
-    return F.cross_entropy(logits, target, label_smoothing=blueprint.config.objective.label_smoothing)
+    """Mean over rows and tokens, with the config's label smoothing."""
+    return cross_entropy_of(logits, target, blueprint.config.objective.label_smoothing)
 
 
 @final

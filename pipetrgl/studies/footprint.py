@@ -115,7 +115,7 @@ def _stage_footprint(run: Blueprint, variants: Sequence[Blueprint], k: int, num_
     rows, share = _training_rows(vangl.config), math.ceil(vangl.config.train.batch / num_micro_batches)
     last = k == vangl.num_stages - 1
     stage = build_stage(vangl, k, _CPU)
-    count = _counter(stage, vangl.input_shape(k))
+    count = _counter(stage, vangl)
     piped = count(share).total if last else count(share).blocks
     if k > 0:
         piped += _bytes_of((share, *vangl.input_shape(k)))
@@ -144,12 +144,12 @@ def count_saved(blueprint: Blueprint, stage: int, rows: int) -> Saved:
     Counted at 2, 3 and 5 rows; if these lie on a line, so do all other counts, for every tensor has either a row for
     each row of the batch or none. If they do not, it is counted at `rows` itself.
     """
-    return _counter(build_stage(blueprint, stage, _CPU), blueprint.input_shape(stage))(rows)
+    return _counter(build_stage(blueprint, stage, _CPU), blueprint)(rows)
 
 
-def count_at(stage: Stage, input_shape: tuple[int, ...], rows: int) -> Saved:
+def count_at(stage: Stage, blueprint: Blueprint, rows: int) -> Saved:
     """What a stage saves, counted in a forward pass of just so many rows."""
-    micro_batch = _micro_batch(input_shape, rows)
+    micro_batch = _micro_batch(blueprint, stage.index, rows)
     assert isinstance(micro_batch.activation, torch.Tensor)
     modules = [module for _, module in stage.named_modules()]
     owned = [t for module in modules for t in (*module.parameters(), *module.buffers())]
@@ -182,7 +182,8 @@ def link_bytes(blueprint: Blueprint, stage: int) -> int:
     config, rows, train_rows = blueprint.config, _largest_rows(blueprint), _training_rows(blueprint.config)
     codec = config.channel.codec
     if stage == 0:
-        received = config.data.prefetch * _bytes_of((rows, *blueprint.network.input_shape))
+        network = blueprint.network
+        received = config.data.prefetch * math.prod((rows, *network.input_shape)) * network.input_dtype.itemsize
     else:
         slot = _slot_bytes((rows, *blueprint.input_shape(stage)), codec)
         if (image := blueprint.image_shape(stage)) is not None:
@@ -238,7 +239,7 @@ def _variant(config: Config, spec: DataSpec, name: str) -> Blueprint:
 def _end_to_end(vangl: Blueprint) -> StageFootprint:
     whole = undivided(vangl)
     stage = build_stage(whole, 0, _CPU)
-    saved = _counter(stage, whole.input_shape(0))(_training_rows(vangl.config)).total
+    saved = _counter(stage, whole)(_training_rows(vangl.config)).total
     return StageFootprint(
         span=stage.span,
         vangl=saved,
@@ -253,14 +254,14 @@ def _end_to_end(vangl: Blueprint) -> StageFootprint:
     )
 
 
-def _counter(stage: Stage, input_shape: tuple[int, ...]) -> Callable[[int], Saved]:
-    few = {rows: count_at(stage, input_shape, rows) for rows in _FEW_ROWS}
+def _counter(stage: Stage, blueprint: Blueprint) -> Callable[[int], Saved]:
+    few = {rows: count_at(stage, blueprint, rows) for rows in _FEW_ROWS}
 
     def count(rows: int) -> Saved:
         blocks = _on_the_line({n: saved.blocks for n, saved in few.items()}, rows)
         head = _on_the_line({n: saved.head for n, saved in few.items()}, rows)
         if blocks is None or head is None:
-            return count_at(stage, input_shape, rows)
+            return count_at(stage, blueprint, rows)
         return Saved(blocks, head)
 
     return count
@@ -275,11 +276,10 @@ def _on_the_line(counts: dict[int, int], rows: int) -> int | None:
     return one + slope * (rows - first)
 
 
-def _micro_batch(input_shape: tuple[int, ...], rows: int) -> MicroBatch:
-    generator = torch.Generator().manual_seed(0)
+def _micro_batch(blueprint: Blueprint, stage: int, rows: int) -> MicroBatch:
     return MicroBatch(
-        activation=torch.randn(rows, *input_shape, generator=generator),
-        target=torch.zeros(rows, dtype=torch.int64),
+        activation=blueprint.draw_input(stage, rows, torch.Generator().manual_seed(0)),
+        target=torch.zeros(rows, *blueprint.network.target_shape, dtype=torch.int64),
         positions=torch.arange(rows),
         split=Split.TRAIN,
         epoch=0,

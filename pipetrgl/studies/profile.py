@@ -8,6 +8,7 @@ head      z ─▶ door ─▶ head ─▶ loss          The door asks for z's g
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -36,10 +37,10 @@ WARM_UP = 3
 
 @final
 class _Door(nn.Module):
-    """Hands its input on as if a block before it had made it: a gradient is wanted for it."""
+    """Hands its input on as if a block before it had made it: a gradient is wanted for it, unless it is tokens."""
 
     def forward(self, x: Tensor) -> BlockOutput:
-        return BlockOutput(x.detach().requires_grad_(torch.is_grad_enabled()))
+        return BlockOutput(x.detach().requires_grad_(x.is_floating_point() and torch.is_grad_enabled()))
 
 
 @final
@@ -77,7 +78,7 @@ def profile(config: Config, spec: DataSpec, repeats: int) -> Profile:
     whole = draw_up(_in_one_stage(config), spec)
     num_units = sum(block.counted for block in whole.network.blocks)
     ranges = partition(whole.network.blocks, num_units, "even", whole.num_parameters)
-    activation = torch.randn(_rows(config), *spec.image_shape, generator=torch_stream(config.seed, "profile"))
+    activation = whole.draw_input(0, _rows(config), torch_stream(config.seed, "profile"))
     units = []
     wall, processor = time.perf_counter(), time.process_time()
     for blocks in ranges:
@@ -130,7 +131,7 @@ def _measure(whole: Blueprint, blocks: range, activation: Tensor, repeats: int) 
     )
     came_in, wired = activation.nbytes, [output]
     if config.objective.needs_images:  # beside every activation, though the link to the last stage carries none
-        image = torch.empty(activation.shape[0], *whole.spec.image_shape)
+        image = torch.empty(activation.shape[0], *whole.network.input_shape)
         came_in += image.nbytes if blocks.start > 0 else 0
         wired.append(image)
     wire_bytes = sum(part.nbytes for part in encode(CODECS[config.channel.codec], tuple(wired)))
@@ -150,7 +151,8 @@ def _alone(whole: Blueprint, blocks: Sequence[BlockSpec], shape: tuple[int, ...]
 
 def _micro_batch(activation: Tensor, whole: Blueprint) -> MicroBatch:
     rows = activation.shape[0]
-    target = torch.arange(rows) % whole.spec.num_classes
+    per_row = whole.network.target_shape
+    target = (torch.arange(rows * math.prod(per_row)) % whole.spec.num_classes).view(rows, *per_row)
     return MicroBatch(activation, target, torch.arange(rows), Split.TRAIN, 0, 0, 0, 0, rows, True, False)
 
 

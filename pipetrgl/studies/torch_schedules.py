@@ -167,13 +167,14 @@ def _timed_stage(
     # statistics of BatchNorm. An input that asks for no gradient would get none sent back.
     first, last = part == 0, part == len(ranges) - 1
     input_shape = blueprint.network.input_shape if first else blueprint.shapes[ranges[part].start - 1]
-    output_shape = (blueprint.spec.num_classes,) if last else blueprint.shapes[ranges[part].stop - 1]
+    input_dtype = blueprint.network.input_dtype if first else torch.float32
+    output_shape = blueprint.logits_shape if last else blueprint.shapes[ranges[part].stop - 1]
     return _TimedStage(
         chain,
         part,
         len(ranges),
         CPU,
-        input_args=torch.empty(rows, *input_shape, requires_grad=not first),
+        input_args=torch.empty(rows, *input_shape, dtype=input_dtype, requires_grad=not first),
         output_args=torch.empty(rows, *output_shape, requires_grad=True),
         group=group,
     )

@@ -50,7 +50,7 @@ def test_all_problems_come_at_once_in_the_house_form(write: Write) -> None:
     assert str(caught.value) == (
         f"3 problems in {path}\n"
         "  line 3   data.name: 'cifar' is not allowed. Did you mean 'cifar10'? Allowed: cifar10, cifar100, "
-        "fashion_mnist, fashion_mnist_mini, image_folder, mnist_idx, stl10, synthetic.\n"
+        "fashion_mnist, fashion_mnist_mini, image_folder, mnist_idx, stl10, synthetic, text.\n"
         "  line 7   objective.transport.tua: unknown key. Did you mean 'tau'? "
         "Allowed: half_rule, impl, kind, multipliers, norm, tau.\n"
         "  line 9   pipline: unknown key. Did you mean 'pipeline'? Allowed: channel, checkpoint, data, defaults, "
@@ -212,6 +212,38 @@ def test_emulated_stages_save_nothing_and_skip_nothing(write: Write) -> None:
         "line 4   checkpoint.every: emulated stages learn nothing that could be saved",
         "line 4   checkpoint.resume: emulated stages save nothing to go on from",
         "line 5   launcher.faults.1.action: emulated stages do not read their input, so nan changes nothing",
+    ]
+
+
+def test_text_and_gpt_belong_together_and_what_has_no_meaning_for_them_is_refused(write: Write) -> None:
+    assert load(write("data: {name: text}\nmodel: {name: gpt}")).model.head.name == "next_token"
+    assert rows(write("model: {name: gpt}")) == [
+        "line 1   model.name: 'gpt' with data.name: fashion_mnist_mini, which are images; gpt reads text"
+    ]
+    text = """
+        data: {name: text, flip: true, crop_padding: 2}
+        model: {name: gpt, head: {name: tokens}}
+    """
+    assert rows(write(text)) == [
+        "line 2   data.crop_padding: text is not augmented",
+        "line 2   data.flip: text is not augmented",
+        "line 3   model.head.name: a gpt cannot have 'tokens'; next_token is for gpt alone, its only head",
+    ]
+    text = """
+        data: {name: text}
+        model: {name: vit, head: tokens}
+        objective: infopro
+        train: {channels_last: true}
+        launcher: {faults: [{stage: 1, step: 1, action: nan}, {stage: 0, step: 1, action: nan}]}
+    """
+    assert rows(write(text.replace("tokens", "{name: tokens}").replace("infopro", "{name: infopro}"))) == [
+        "line 3   model.name: 'vit' with data.name: text, which only gpt reads",
+        "line 4   objective.name: 'infopro' is defined for images, not for text",
+        "line 6   launcher.faults.1.action: stage 0 reads bytes, of which none is nan; poison a later stage",
+    ]
+    assert rows(write("data: {context: 5}\nmodel: {head: {name: next_token}}")) == [
+        "line 1   data.context: only used with data.name: text",
+        "line 2   model.head.name: a resnet cannot have 'next_token'; next_token is for gpt alone, its only head",
     ]
 
 
@@ -407,6 +439,7 @@ CONFIGS = [
     "objective: {transport: {multipliers: {enabled: true, on: unsmoothed_task_loss}}}",
     "data: {name: synthetic, shape: [1, 4, 4], num_classes: 3, samples: 16}",
     "data: {name: image_folder, root: images, image_size: 8}",
+    "data: {name: text, context: 16}\nmodel: {name: gpt, depth: 4}",
     "model: {cuts: [a, '1e-3', 'on']}",
     "model: {cuts: [1, 1, 1, 1]}\ntrain: {epochs: 2, max_steps: 3}\noptim: {betas: [0, 0.5]}",
     "run: {name: '1e-3', folder: 'yes: é # 0x1F'}",
@@ -429,7 +462,7 @@ def test_a_dump_loads_to_an_equal_config(write: Write, tmp_path: Path, text: str
 def test_a_dump_holds_every_value_but_a_plan_and_those_that_a_rule_forbids(write: Write) -> None:
     content = yaml.safe_load(dump(load(write("objective: {transport: {multipliers: {enabled: true}}}"))))
     assert set(content) == set(Config.model_fields) - {"plan"}
-    assert set(Config().data.model_dump()) - set(content["data"]) == {"shape", "num_classes", "samples"}
+    assert set(Config().data.model_dump()) - set(content["data"]) == {"shape", "num_classes", "samples", "context"}
     assert set(Config().objective.transport.model_dump()) - set(content["objective"]["transport"]) == {"tau"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -130,6 +131,16 @@ def test_micro_batches_arrive_whole_and_in_order_until_the_sender_closes(channel
         assert (got.step, got.index, got.closes_step, got.closes_split) == (index, index, True, False)
     assert index == 19
     thread.join()
+
+
+def test_a_target_of_every_token_arrives_in_its_shape(channel: Open) -> None:
+    both = channel()
+    target = torch.arange(3 * 5).view(3, 5)
+    thread = send_all(both, [dataclasses.replace(micro_batch(0), target=target)])
+    (got,) = both.inbox
+    thread.join()
+    assert torch.equal(got.target, target)
+    assert (got.num_rows, got.targets_per_row) == (3, 5)
 
 
 def test_a_stream_without_micro_batches_ends(channel: Open) -> None:

@@ -26,7 +26,7 @@ def write(folder: Path) -> DataConfig:
 
 def test_plain_and_gzipped_files_are_read(tmp_path: Path) -> None:
     data = load(write(tmp_path), seed=0)
-    assert (data.spec.image_shape, data.spec.num_classes) == ((1, 2, 2), 2)
+    assert (data.spec.sample_shape, data.spec.num_classes) == ((1, 2, 2), 2)
     assert data.test.read(np.array([2])).tolist() == [[[[8, 9], [10, 11]]]]
     assert data.test.labels.tolist() == [1, 0, 1]
 

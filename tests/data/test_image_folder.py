@@ -30,7 +30,7 @@ def imagenet(root: Path, **options: object) -> DataConfig:
 def test_imagenet_layout_numbers_the_classes_by_name(tmp_path: Path) -> None:
     data = load(imagenet(tmp_path, image_size=4), seed=0)
     assert (data.spec.num_train, data.spec.num_test, data.spec.num_classes) == (2, 2, 2)
-    assert data.spec.image_shape == (3, 4, 4)
+    assert data.spec.sample_shape == (3, 4, 4)
     assert data.train.labels.tolist() == [0, 1]
     assert data.train.read(np.array([1, 0]))[:, :, 0, 0].tolist() == [[0, 255, 0], [255, 0, 0]]
 
@@ -46,7 +46,7 @@ def test_tiny_imagenet_layout_reads_the_annotations(tmp_path: Path) -> None:
     paint(tmp_path / "val" / "images" / "val_0.JPEG", (9, 9, 9), (64, 64))
     (tmp_path / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t62\t62\n")
     data = load(DataConfig(name="image_folder", root=str(tmp_path), valid_fraction=0.0), seed=0)
-    assert data.spec.image_shape == (3, 64, 64)
+    assert data.spec.sample_shape == (3, 64, 64)
     assert data.train.labels.tolist() == [0, 1] and data.test.labels.tolist() == [1]
     assert data.test.read(np.array([0])).tolist() == np.full((1, 3, 64, 64), 9).tolist()
 

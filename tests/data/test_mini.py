@@ -46,4 +46,4 @@ def test_a_tenth_is_held_out_class_by_class() -> None:
     dataset = load(DataConfig(), seed=0)
     assert (dataset.spec.num_train, dataset.spec.num_valid, dataset.spec.num_test) == (5400, 600, 1000)
     assert np.bincount(dataset.valid.labels).tolist() == [60] * 10
-    assert dataset.train.read(np.array([3, 5])).shape == (2, *dataset.spec.image_shape)
+    assert dataset.train.read(np.array([3, 5])).shape == (2, *dataset.spec.sample_shape)

@@ -55,7 +55,7 @@ def drawn_up(config: Config) -> Blueprint:
 def stage_of(blueprint: Blueprint, index: int, device: Device) -> EmulatedStage:
     stage, times = build_stage(blueprint, index, torch.device("cpu")), Times(blueprint.config, index)
     shape = blueprint.output_shape(index)
-    return EmulatedStage(stage, shape, blueprint.spec.num_classes, blueprint.max_rows, times, device)
+    return EmulatedStage(stage, shape, blueprint.logits_shape, blueprint.max_rows, times, device)
 
 
 class Seen:

@@ -142,6 +142,47 @@ def test_an_evaluation_counts_every_sample_once_and_trains_nothing(tmp_path: Pat
     assert evaluations[-1]["accuracy"] == correct / 17
 
 
+def test_accuracy_and_loss_of_a_text_are_means_over_its_bytes(tmp_path: Path) -> None:
+    config = tiny("gpt", tmp_path, pipeline={"stages": 1}, train={"max_steps": 12}, metrics={"every": 1})
+    job, rows = Job(draw_up(config, describe(config)), tmp_path, {}), []
+    with build_loader(job) as loader:
+        batches = list(loader)
+    stage, inbox, outputs = build_stage(job.blueprint, 0, CPU), _Listed(batches), Outputs()
+    hooks = [*build_hooks(job, stage, inbox, NullOutbox(), rows.append), outputs]
+    loop.run(stage, inbox, NullOutbox(), Parallel(), hooks)
+    for kind, num_rows in (("train", 8), ("valid", 14), ("test", 15)):
+        logits, target = outputs.of(kind)
+        assert target.shape == (num_rows, 6)
+        last = [row for row in rows if row["kind"] == kind][-1]
+        right = int((logits.argmax(-1) == target).sum())
+        assert right > 0
+        assert last["accuracy"] == pytest.approx(right / (num_rows * 6), rel=1e-6)
+        if kind != "train":
+            loss = -logits.log_softmax(-1).gather(-1, target[..., None]).mean()
+            assert last["task_loss"] == pytest.approx(float(loss), rel=1e-5)
+            assert last["num_samples"] == num_rows
+
+
+class Outputs:
+    """A hook that keeps what a stage answered after its first step."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[MicroBatch, torch.Tensor]] = []
+
+    def __call__(self, micro_batch: MicroBatch, output: StageOutput) -> None:
+        self._kept.append((micro_batch, output.logits.detach()))
+
+    def close(self) -> None:
+        pass
+
+    def of(self, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and targets of the last pass of one kind."""
+        step = max(batch.step for batch, _ in self._kept if batch.split.label == kind)
+        some = [(x, batch.target) for batch, x in self._kept if (batch.split.label, batch.step) == (kind, step)]
+        logits, targets = zip(*some, strict=True)
+        return torch.cat(logits), torch.cat(targets)
+
+
 def test_gradients_of_accumulated_micro_batches_add_up_to_the_whole_batchs_without_batchnorm(tmp_path: Path) -> None:
     def gradients(accumulate: int) -> list[torch.Tensor]:
         config = tiny("vit", tmp_path, pipeline={"stages": 1}, train={"accumulate": accumulate, "max_steps": 1})

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipetrgl.config.schema import Config
 from pipetrgl.launchers.start import train
 
-# Eight blocks or more each, so that K = 8 is possible, on 1x8x8 or 3x32x32 images.
+# Eight blocks or more each, so that K = 8 is possible, on 3x8x8 or 3x32x32 images, or on rows of 6 bytes.
 MODELS: dict[str, dict[str, Any]] = {
     "resnet": {"name": "resnet", "stem": "cifar16", "depth": 26, "width": 4},
     "resnet_preact": {"name": "resnet_preact", "depth": 8, "width": 4},
@@ -22,18 +22,25 @@ MODELS: dict[str, dict[str, Any]] = {
         "name": "vit", "depth": 8, "width": 12, "num_heads": 2, "patch": 8, "dropout": 0.1, "drop_path": 0.1,
         "head": {"name": "tokens"},
     },
+    "gpt": {"name": "gpt", "depth": 8, "width": 12, "num_heads": 2, "dropout": 0.1, "drop_path": 0.1},
 }  # fmt: skip
+TEXT = Path(__file__).resolve().parents[2] / "LICENSE"
 TIMES = {"images_per_s", "wait_share"}
 
 
 def tiny(model: str, folder: Path, /, **sections: Any) -> Config:
     """A run of 30 steps with three micro-batch shapes, validation every half epoch, and a test at the end."""
     size = 32 if model in ("vgg", "vit") else 8
+    images = {
+        "name": "synthetic",
+        "shape": [3, size, size],
+        "samples": 136,
+        "num_classes": 4,
+        "crop_padding": 1,
+        "flip": True,
+    }
     content: dict[str, Any] = {
-        "data": {
-            "name": "synthetic", "shape": [3, size, size], "samples": 136, "num_classes": 4, "crop_padding": 1,
-            "flip": True,
-        },
+        "data": {"name": "text", "root": str(TEXT), "context": 6} if model == "gpt" else images,
         "model": MODELS[model],
         "train": {"epochs": 2, "batch": 8, "max_steps": 30, "accumulate": 2 if model == "vit" else 1},
         "evaluate": {"valid_every": 0.5, "at_start": True, "batch": 7},

@@ -53,7 +53,15 @@ def test_threads_equal_serial(serial: Serial, tmp_path: Path, model: str, stages
 # benchmarks/exactness.py runs them all.
 @pytest.mark.parametrize(
     ("model", "stages", "capacity"),
-    [("resnet", 4, 1), ("resnet_preact", 2, 8), ("vgg", 8, 1), ("mlp", 2, 1), ("vit", 4, 8), ("resnet", 1, 8)],
+    [
+        ("resnet", 4, 1),
+        ("resnet_preact", 2, 8),
+        ("vgg", 8, 1),
+        ("mlp", 2, 1),
+        ("vit", 4, 8),
+        ("resnet", 1, 8),
+        ("gpt", 4, 1),
+    ],
 )
 def test_local_processes_equal_serial(serial: Serial, tmp_path: Path, model: str, stages: int, capacity: int) -> None:
     config = tiny(model, tmp_path, pipeline={"stages": stages}, channel={"capacity": capacity})

@@ -65,7 +65,7 @@ def test_replicas_without_batch_norm_equal_one(tmp_path: Path, replicas: list[in
     assert_close_runs(run(config), lone("mlp", tmp_path / "s", pipeline={"stages": 3}, **sections))
 
 
-@pytest.mark.parametrize("model", ["resnet", "vit"])
+@pytest.mark.parametrize("model", ["resnet", "vit", "gpt"])
 def test_replicas_with_synchronised_batch_norm_equal_one(tmp_path: Path, model: str) -> None:
     pipeline = {"stages": 2, "replicas": [1, 3], "batch_norm": "synchronised"}
     config = tiny(model, tmp_path / "r", launcher={"name": "threads"}, pipeline=pipeline, **SHORT)

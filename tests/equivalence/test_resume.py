@@ -47,7 +47,7 @@ def break_once(monkeypatch: pytest.MonkeyPatch, stage: int, step: int) -> None:
 
 # Step 5 is before the first checkpoint of 7; 7 right after it; 16 after an evaluation; 29 the last, between two rows.
 @pytest.mark.parametrize(("stage", "step"), [(0, 5), (2, 7), (1, 16), (2, 29), (0, 29)])
-@pytest.mark.parametrize("model", ["resnet", "vit"])
+@pytest.mark.parametrize("model", ["resnet", "vit", "gpt"])
 def test_a_run_whose_stage_fails_once_equals_an_undisturbed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, stage: int, step: int
 ) -> None:

@@ -75,7 +75,7 @@ def finding(stage: Stage, micro_batch: MicroBatch, train: bool = True) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("model", ["resnet", "vit"])  # BatchNorm; dropout and stochastic depth
+@pytest.mark.parametrize("model", ["resnet", "vit", "gpt"])  # BatchNorm; dropout and stochastic depth; tokens
 @pytest.mark.parametrize("position", [0, 3, -1])
 def test_the_first_block_that_is_not_finite_is_named(tmp_path: Path, model: str, position: int) -> None:
     #  finite ─▶ finite ─▶ [NaN] ─▶ NaN ─▶ NaN ─▶ head: NaN

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pipetrgl.config.schema import InitConfig
+from pipetrgl.models.gpt import TokenEmbedding
 from pipetrgl.models.init import initialise
 from pipetrgl.models.vit import PatchEmbedding, SelfAttention
 from pipetrgl.seeds import torch_stream
@@ -37,6 +38,12 @@ def test_kaiming_and_trunc_normal_have_their_standard_deviations() -> None:
     # The deviation of 37,000 draws is known to 0.4 %.
     assert kaiming.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
     assert trunc.std().item() == pytest.approx(0.02, rel=0.02)
+
+
+def test_tables_of_tokens_and_positions_have_a_deviation_of_their_own() -> None:
+    embedding = start(TokenEmbedding(256, 64, 256, 0.0), gain=5.0)
+    for name in ("tokens.weight", "positions.pos_embedding"):  # of 16,384 draws, known to 0.6 %
+        assert embedding.get_parameter(name).std().item() == pytest.approx(0.02, rel=0.03)
 
 
 def test_normalisation_starts_at_one_and_zero_with_fresh_statistics() -> None:

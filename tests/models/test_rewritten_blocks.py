@@ -1,6 +1,8 @@
 """Transformer blocks against their formula written out again: loss with the transport cost, and every gradient.
 
 r1 = attention(LN(x)),  r2 = MLP(LN(x + r1)),  loss = CE(linear(mean over tokens)) + (mean r1^2 + mean r2^2) / (2 tau)
+
+of a gpt the attention is causal, and the linear layer answers for every token.
 """
 
 from __future__ import annotations
@@ -50,13 +52,22 @@ def attention(
     return torch.cat(heads, dim=-1) @ out[0].T + out[1]
 
 
-def vit(x: Tensor, p: Named, num_heads: int, layers: tuple[str, str]) -> tuple[Tensor, Tensor, Tensor]:
+def vit(
+    x: Tensor, p: Named, num_heads: int, layers: tuple[str, str], bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Ours and torchvision's, which share their names but for those of the MLP's linear layers."""
     qkv = p["self_attention.in_proj_weight"], p["self_attention.in_proj_bias"]
     out = p["self_attention.out_proj.weight"], p["self_attention.out_proj.bias"]
-    r1 = attention(norm(x, p, "ln_1", 1e-6), qkv, out, num_heads)
+    r1 = attention(norm(x, p, "ln_1", 1e-6), qkv, out, num_heads, bias)
     r2 = mlp(norm(x + r1, p, "ln_2", 1e-6), p, *layers)
     return x + r1 + r2, r1, r2
+
+
+def gpt(x: Tensor, p: Named, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ViT's layer, where row t of the scores is -inf behind column t."""
+    size = x.shape[1]
+    later = torch.tensor([[-torch.inf if j > i else 0.0 for j in range(size)] for i in range(size)])
+    return vit(x, p, num_heads, ("mlp.0", "mlp.3"), later.expand(1, num_heads, size, size))
 
 
 def timm_vit(x: Tensor, p: Named, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +111,8 @@ def swin(x: Tensor, p: Named, num_heads: int, shift: int) -> tuple[Tensor, Tenso
 
 def block_of(options: dict[str, object], side: int, name: str) -> nn.Module:
     """One block in float64, without stochastic depth, its parameters away from where they start."""
-    network = zoo.build(ModelConfig.model_validate(options), (3, side, side), NUM_CLASSES)
+    sample = (5,) if options["name"] == "gpt" else (3, side, side)
+    network = zoo.build(ModelConfig.model_validate(options), sample, NUM_CLASSES)
     block = next(spec for spec in network.blocks if spec.name == name).build().train()
     initialise(block, InitConfig(gain=1.0), torch_stream(0, "block"))
     for module in block.modules():
@@ -118,6 +130,9 @@ CASES: dict[str, tuple[dict[str, object], int, str, tuple[int, ...], Rewritten]]
     "our vit": (
         {"name": "vit", "depth": 2, "width": 32, "num_heads": 4, "patch": 8}, 16, "encoder_layer_1", (5, 32),
         lambda x, p: vit(x, p, 4, ("mlp.0", "mlp.3")),
+    ),
+    "our gpt": (
+        {"name": "gpt", "depth": 2, "width": 32, "num_heads": 4}, 5, "layers.1", (5, 32), lambda x, p: gpt(x, p, 4),
     ),
     "torchvision's vit": (
         {"name": "torchvision:vit_b_16"}, 32, "encoder_layer_1", (5, 768),
@@ -141,12 +156,13 @@ def test_loss_and_gradients_are_those_of_the_formula_written_out_again(case: str
     block = block_of(options, side, name)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, *shape, generator=generator, dtype=torch.float64, requires_grad=True)
-    target = torch.tensor([0, 3, 1])
+    per_token = case == "our gpt"
+    target = torch.arange(15).view(3, 5) * 7 % 5 if per_token else torch.tensor([0, 3, 1])
     width = shape[0] if len(shape) == 3 else shape[1]
     head = torch.randn(NUM_CLASSES, width, generator=generator, dtype=torch.float64)
 
     def logits(y: Tensor) -> Tensor:
-        return (y.mean((2, 3)) if y.ndim == 4 else y.mean(1)) @ head.T
+        return (y if per_token else y.mean((2, 3)) if y.ndim == 4 else y.mean(1)) @ head.T
 
     parameters = dict(block.named_parameters())
     objective = StageObjective(ObjectiveConfig(), TAU, torch.device("cpu"))
@@ -157,7 +173,8 @@ def test_loss_and_gradients_are_those_of_the_formula_written_out_again(case: str
     found = torch.autograd.grad(loss, [x, *parameters.values()])
 
     y, r1, r2 = rewritten(x, parameters)
-    expected = F.cross_entropy(logits(y), target) + (r1.square().mean() + r2.square().mean()) / (2 * TAU)
+    # torch's own form for several targets a row has the classes on the second axis
+    expected = F.cross_entropy(logits(y).movedim(-1, 1), target) + (r1.square().mean() + r2.square().mean()) / (2 * TAU)
     assert min(r1.detach().std(), r2.detach().std()) > 0.1
     gradients = torch.autograd.grad(expected, [x, *parameters.values()])
 

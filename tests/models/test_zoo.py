@@ -166,7 +166,7 @@ def test_branches_that_end_in_a_convolution_or_linear_layer_say_so() -> None:
 
 @pytest.mark.parametrize("name", HeadConfig.model_fields["name"].annotation.__args__)  # type: ignore[union-attr]
 def test_every_head_is_initialised_from_the_stream_alone(name: str) -> None:
-    shape = (7, 16) if name == "tokens" else (16, 8, 8)
+    shape = (7, 16) if name in ("tokens", "next_token") else (16, 8, 8)
     states = []
     for poison in (float("nan"), 3.0):
         head = heads.build(name, None, shape, 10)

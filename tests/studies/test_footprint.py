@@ -14,6 +14,7 @@ from pipetrgl.launchers.start import describe
 from pipetrgl.studies.footprint import Footprint, count_at, count_saved, footprint, table
 from pipetrgl.studies.saved import SavedBytes
 from pipetrgl.worker import build_stage
+from tests.equivalence.runs import TEXT
 
 CPU = torch.device("cpu")
 NO_EVALUATION = {"valid_every": 0.0, "test_at_end": False}
@@ -145,12 +146,14 @@ def test_accumulating_gradients_keeps_one_micro_batch() -> None:
         {"name": "resnet", "depth": 18, "width": 4, "stem": "imagenet"},
         {"name": "vgg", "depth": 11, "width": 4},
         {"name": "vit", "depth": 2, "width": 8, "patch": 8, "dropout": 0.1, "head": {"name": "tokens"}},
+        {"name": "gpt", "depth": 2, "width": 8, "dropout": 0.1},
     ],
 )
 def test_counts_of_few_rows_lie_on_the_line_of_the_whole_batch(model: dict[str, Any]) -> None:
+    text = {"name": "text", "root": str(TEXT), "context": 5}
     config = Config.model_validate(
         {
-            "data": {"name": "synthetic", "shape": [3, 32, 32], "samples": 64},
+            "data": text if model["name"] == "gpt" else {"name": "synthetic", "shape": [3, 32, 32], "samples": 64},
             "model": model,
             "pipeline": {"stages": 2},
         }
@@ -158,7 +161,7 @@ def test_counts_of_few_rows_lie_on_the_line_of_the_whole_batch(model: dict[str, 
     blueprint = draw_up(config, describe(config))
     for k in range(2):
         stage = build_stage(blueprint, k, CPU)
-        assert count_saved(blueprint, k, 48) == count_at(stage, blueprint.input_shape(k), 48)
+        assert count_saved(blueprint, k, 48) == count_at(stage, blueprint, 48)
 
 
 def test_the_identity_keeps_what_plain_greedy_learning_keeps_and_stages_add_up_to_end_to_end() -> None:
@@ -175,7 +178,7 @@ def test_resnet_110_keeps_at_most_a_sixth_of_end_to_end_in_any_of_16_stages() ->
     def saved(cuts: list[int], **options: Any) -> int:
         config = resnet(110, cuts, size=96).model_copy(update={"objective": ObjectiveConfig.model_validate(options)})
         blueprint = draw_up(config, describe(config))
-        return count_at(build_stage(blueprint, 0, CPU), blueprint.input_shape(0), rows=2).total
+        return count_at(build_stage(blueprint, 0, CPU), blueprint, rows=2).total
 
     whole = saved([54], name="vangl")
     for cuts, share in (([14, 40], 0.47), ([7, 47], 0.25), ([4, 50], 0.16)):  # K = 4, 8, 16, the rest as one stage

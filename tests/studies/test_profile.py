@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_every_unit_of_every_model_has_its_costs(model: str, tmp_path: Path) -> 
         assert unit.inner.saved_bytes >= unit.output_bytes == unit.wire_bytes
         assert unit.opening.gradient_bytes == unit.inner.gradient_bytes
     rows = config.train.batch // config.train.accumulate
-    assert units[0].input_bytes == rows * 3 * spec.image_shape[1] ** 2 * 4
+    assert units[0].input_bytes == rows * math.prod(spec.sample_shape) * (8 if model == "gpt" else 4)
     assert [unit.input_bytes for unit in units[1:]] == [unit.output_bytes for unit in units[:-1]]
 
 
