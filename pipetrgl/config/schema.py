@@ -239,12 +239,23 @@ class OptimConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
 
 
+class ReplayConfig(Section):
+    """What a stage that waits for the one before it learns from again, with train.order: replay."""
+
+    size: Positive = 8
+    """Micro-batches that each stage but the first keeps: the newest that it received."""
+    max_reuse: Positive = 2
+    """Uses of one micro-batch, the first included; with 1 nothing is reused, as in the parallel order."""
+
+
 class TrainConfig(Section):
     """How long, and in what portions."""
 
-    order: Literal["parallel", "sequential", "multi_lap"] = "parallel"
+    order: Literal["parallel", "sequential", "multi_lap", "replay"] = "parallel"
     """parallel: all stages learn at the same time; sequential: one after another, on the frozen ones before it;
-    multi_lap: the whole sequential sweep several times."""
+    multi_lap: the whole sequential sweep several times; replay: parallel, but a stage that would wait learns from past
+    activations once more, so the weights depend on the workers' speeds."""
+    replay: ReplayConfig = ReplayConfig()
     epochs: Positive = 8
     """Passes over the training split; of stage 0 in each lap if the order is not parallel."""
     epochs_growth: NonNegative = 0
@@ -288,12 +299,23 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _only_where_used(self) -> TrainConfig:
         faults = []
-        if "epochs_growth" in self.model_fields_set and self.order == "parallel":
+        if "epochs_growth" in self.model_fields_set and self.together:
             faults.append("epochs_growth: only used with train.order: sequential or multi_lap")
         if "laps" in self.model_fields_set and self.order != "multi_lap":
             faults.append("laps: only used with train.order: multi_lap")
+        if self.order != "replay":
+            faults += [
+                f"replay.{name}: only used with train.order: replay" for name in sorted(self.replay.model_fields_set)
+            ]
+        elif self.accumulate > 1:
+            faults.append("accumulate: train.order: replay makes an optimizer step of each micro-batch; use 1")
         _raise(faults)
         return self
+
+    @property
+    def together(self) -> bool:
+        """Whether all stages learn at the same time."""
+        return self.order in ("parallel", "replay")
 
 
 class EvaluateConfig(Section):
@@ -587,6 +609,19 @@ class Config(Section):
             for number, fault in enumerate(self.launcher.faults)
             if fault.stage >= stages
         ]
+        _raise(faults)
+        return self
+
+    @model_validator(mode="after")
+    def _replay_can_see_what_is_late(self) -> Config:
+        faults = []
+        if self.train.order == "replay":
+            if max(self.pipeline.replica_counts) > 1:
+                faults.append("pipeline.replicas: not with train.order: replay, where each would reuse on its own")
+            if self.channel.capacity == 1:
+                faults.append(
+                    "channel.capacity: train.order: replay needs 2, or nothing could arrive while a stage learns"
+                )
         _raise(faults)
         return self
 

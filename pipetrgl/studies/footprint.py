@@ -45,7 +45,8 @@ class StageFootprint:
         gpipe, one_f_one_b: saved activations of the same blocks in those schedules.
         parameters: of blocks and head; their gradients take as much again.
         optimizer: what the optimizer remembers.
-        links: the inbox's slots (of stage 0: the loader's batches), and the one micro-batch that is being sent.
+        links: the inbox's slots (of stage 0: the loader's batches), the ring of the replay order, and the one
+            micro-batch that is being sent.
     """
 
     span: str
@@ -177,6 +178,9 @@ def link_bytes(blueprint: Blueprint, stage: int) -> int:
     else:
         shape = (rows, *blueprint.input_shape(stage))
         received = config.channel.capacity * _slot_bytes(shape, config.channel.codec)
+        if config.train.order == "replay":  # the ring, and the copy that the stage has in hand
+            kept = config.train.replay.size + 1
+            received += kept * _bytes_of((_training_rows(config), *blueprint.input_shape(stage)))
     if stage == blueprint.num_stages - 1:
         return received
     return received + _encoded_bytes((rows, *blueprint.output_shape(stage)), config.channel.codec)
