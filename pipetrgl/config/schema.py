@@ -255,13 +255,13 @@ class TrainConfig(Section):
     """parallel: all stages learn at the same time; sequential: one after another, on the frozen ones before it;
     multi_lap: the whole sequential sweep several times; replay: parallel, but a stage that would wait learns from past
     activations once more, so the weights depend on the workers' speeds."""
-    replay: ReplayConfig = ReplayConfig()
     epochs: Positive = 8
     """Passes over the training split; of stage 0 in each lap if the order is not parallel."""
     epochs_growth: NonNegative = 0
     """sequential and multi_lap: stage i learns for epochs + i * epochs_growth epochs."""
     laps: Positive = 1
     """multi_lap: sweeps over all stages."""
+    replay: ReplayConfig = ReplayConfig()
     max_steps: Positive | None = None
     """End after this many optimizer steps of the whole run, wherever in an epoch that is."""
     batch: Positive = 64
@@ -481,8 +481,8 @@ class LauncherConfig(Section):
     max_failures: NonNegative = 0
     """So many times in all a stage is replaced, or the whole run started again from its newest complete checkpoint."""
     restart: Literal["stage", "run"] = "stage"
-    """After a worker died. stage: replace it alone while the others wait, where that is possible (local and ray, CPU),
-    else start the run again; run: always start the whole run again."""
+    """After a worker died. stage: replace it alone while the others wait, where that is possible (local and ray, CPU,
+    no replay order), else start the run again; run: always start the whole run again."""
     faults: list[FaultConfig] = []
     """Failures to rehearse, such as [{stage: 2, step: 100, action: kill}]."""
 

@@ -94,7 +94,7 @@ class TrainMetrics:
         self._sink(self._clock.summary(self._stage))
 
     def state(self) -> dict[str, Tensor]:
-        """The sums since the last row, for a checkpoint between two rows, and the counts of what was skipped and reused.
+        """The sums since the last row, for a checkpoint between two rows, and how often it skipped and reused.
 
         Of all replicas together: all of them ask at the same step.
         """

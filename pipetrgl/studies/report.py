@@ -33,6 +33,7 @@ TABLE_HEADER = [
 ]
 WORK_HEADER = [
     "stage",
+    "steps",
     "computed",
     "waited for input",
     "waited to send",
@@ -434,10 +435,17 @@ def _parameters(result: Mapping[str, Any]) -> tuple[str, str]:
     return count(total), f"and {count(extra)} in heads"
 
 
+def _steps(stage: Mapping[str, Any]) -> str:
+    """Updates of a stage, and beside them those on reused micro-batches."""
+    reused = stage.get("num_reused") or 0
+    return count(stage.get("num_steps")) + (f" and {count(reused)} reused" if reused else "")
+
+
 def _work_rows(stages: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     return [
         [
             str(stage["stage"]),
+            _steps(stage),
             percent(stage.get("compute_share")),
             percent(stage.get("wait_share")),
             percent(stage.get("send_wait_share")),
