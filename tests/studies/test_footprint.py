@@ -108,6 +108,12 @@ def test_links_hold_their_slots_and_one_micro_batch_on_its_way(codec: str, micro
     assert last.links == 4 * (micro_batch + decoded)
 
 
+def test_the_replay_order_also_holds_a_ring_of_activations_and_the_one_in_hand_behind_the_first_stage() -> None:
+    plain, ring = counted(mlp()), counted(mlp(train={"batch": 8, "order": "replay", "replay": {"size": 5}}))
+    more = [after.links - before.links for before, after in zip(plain.stages, ring.stages, strict=True)]
+    assert more == [0, (5 + 1) * 8 * 3 * 4]
+
+
 def test_a_slot_is_as_large_as_the_largest_micro_batch_of_an_evaluation() -> None:
     _, last = counted(mlp(evaluate={"batch": 250})).stages  # but there are only 6 validation and 8 test images
     assert last.links == 4 * 8 * 3 * 4
