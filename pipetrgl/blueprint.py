@@ -129,9 +129,9 @@ class Blueprint:
     def updates(self, num_taken: int) -> dict[str, int]:
         """Each stage's own number of updates after the run's first `num_taken` steps, by the name of its first block.
 
-        Empty in the parallel order, where all of them are `num_taken` and the cuts need not be told.
+        Empty where all stages learn at the same time: all of them are `num_taken`, and the cuts need not be told.
         """
-        if self.config.train.order == "parallel":
+        if self.config.train.together:
             return {}
         own = self.itinerary.sweep.num_updates
         return {self.blocks(stage)[0].name: own(stage, num_taken) for stage in range(self.num_stages)}

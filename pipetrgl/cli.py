@@ -219,7 +219,7 @@ def outline(blueprint: Blueprint) -> str:
             f"stage {stage}: {names[0]} .. {names[-1]} | {blueprint.input_shape(stage)}{image} -> "
             f"{blueprint.output_shape(stage)} | {blocks:,} parameters, head {head:,} | tau {blueprint.taus[stage]:g}"
         )
-    if blueprint.config.train.order != "parallel":
+    if not blueprint.config.train.together:
         lines += [
             f"lap {phase.lap}, stage {phase.learners[0]} learns: {phase.epochs} epochs, "
             f"steps {phase.steps[0] + 1:,} to {phase.steps.stop:,}"

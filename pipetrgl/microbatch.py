@@ -39,6 +39,7 @@ class MicroBatch:
         index: place in the whole stream, from 0; consecutive on every link.
         row_start, batch_rows: this micro-batch holds rows row_start : row_start + N of a step's `batch_rows`.
         share_of: the rows of the whole micro-batch, where this is one replica's share of it; None: it is whole.
+        reused: the stage has learned from it before; of the replay order, never on a link.
         closes_step: the last micro-batch of an optimizer step.
         closes_split: the last micro-batch of an epoch (train) or of one evaluation (valid, test).
         closes_phase: the last micro-batch in which its stages learn for now: of a phase, or in the parallel order of
@@ -60,6 +61,7 @@ class MicroBatch:
     closes_phase: bool = False
     share_of: range | None = None
     image: Tensor | None = None
+    reused: bool = False
 
     @property
     def num_rows(self) -> int:

@@ -131,7 +131,7 @@ class Recorder:
         valid = [stage["valid_accuracy"] for stage in stages]
         rates = [stage["images_per_s"] for stage in stages if stage["images_per_s"] is not None]
         times = [stage["train_s"] for stage in stages if stage["train_s"] is not None]
-        together = self._blueprint.config.train.order == "parallel"
+        together = self._blueprint.config.train.together
         return {
             "schema": 1,
             "command": "train",
@@ -174,7 +174,7 @@ class Recorder:
             "head_parameters": head,
             "tau": _finite(blueprint.taus[index]),
             "num_steps": summary.get("num_steps", blueprint.itinerary.sweep.num_updates(index, train.get("step", 0))),
-            "skipped_updates": summary.get("skipped_updates", train.get("skipped_updates", 0)),
+            **{name: summary.get(name, train.get(name, 0)) for name in ("skipped_updates", "num_reused")},
             "valid_accuracy": rows.get("valid", {}).get("accuracy"),
             "valid_loss": rows.get("valid", {}).get("task_loss"),
             "test_accuracy": rows.get("test", {}).get("accuracy"),

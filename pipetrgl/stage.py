@@ -79,7 +79,8 @@ class Stage:
                                       └──▶ head F_k ─▶ logits ─▶ local loss ─▶ backward ─▶ update
 
     Attributes:
-        num_updates: the stage's own; in the parallel order the run's optimizer steps.
+        num_updates: the stage's own; where all stages learn at the same time, the run's optimizer steps.
+        num_reused: updates beyond those, on reused micro-batches.
     """
 
     def __init__(self, parts: StageParts) -> None:
@@ -94,6 +95,7 @@ class Stage:
         self.device = parts.device
         self.num_updates = 0
         self.skipped_updates = 0
+        self.num_reused = 0
         self._learning_rate = parts.learning_rate
         self.replicas = parts.replicas
         self._gradients = parts.gradients
@@ -123,7 +125,7 @@ class Stage:
                 logits = self.head(activation)
             activation, logits = activation.float(), logits.float()  # what leaves, and every loss, whatever computed it
             target = micro_batch.target.to(self.device, non_blocking=True)
-            if train and micro_batch.whole.start == 0 and self.objective.adapts:
+            if train and micro_batch.whole.start == 0 and self.objective.adapts and not micro_batch.reused:
                 self._observe(logits, target, len(micro_batch.whole))
             loss = self.objective.local_loss(logits, target, costs)
             if train:

@@ -31,13 +31,14 @@ from pipetrgl.engine.evaluate import Evaluation
 from pipetrgl.engine.faults import rehearse
 from pipetrgl.engine.geometry import Geometry
 from pipetrgl.engine.guard import StabilityGuard
-from pipetrgl.engine.idle import IdlingStage, TickingOutbox
+from pipetrgl.engine.idle import idling
 from pipetrgl.engine.listen import Listen
 from pipetrgl.engine.metrics import Row, Sink, TrainMetrics
 from pipetrgl.engine.nonfinite import watch
-from pipetrgl.engine.phases import Parallel, Plan, Recalling, plan_of
+from pipetrgl.engine.phases import Plan, Recalling, plan_of
 from pipetrgl.engine.pulse import Pulse, PulsedStage
 from pipetrgl.engine.recall import RecallingStage
+from pipetrgl.engine.replays import FreshHook, ReplayingStage, fresh_only, reusing
 from pipetrgl.engine.saving import SaveCheckpoints, SaveSchedule
 from pipetrgl.engine.trace import Trace, TracedInbox, TracedOutbox, TracedStage, TraceHook
 from pipetrgl.memory import keep_freed_memory, peak_rss_bytes
@@ -117,7 +118,7 @@ def run_worker(
     if place.stage == 0:
         inbox: Inbox = build_loader(job, replicas)
     else:
-        inbox = _lengthened(links.inbox(place), job, place.stage, alarm)
+        inbox = reusing(blueprint.config.train, _lengthened(links.inbox(place), job, place.stage, alarm))
     try:
         outbox = links.outbox(place)
         sink({"kind": "linked", **_who(place)})
@@ -127,7 +128,8 @@ def run_worker(
         hooks = [*hooks, TraceHook(spans, place.stage, sink), Listen(alarm)]
         plan = build_plan(job)
         traced = TracedStage(PulsedStage(build_trainee(job, stage), pulse), spans)
-        trainee, out = _idling(plan, traced, with_images(blueprint, place.stage, TracedOutbox(outbox, spans), device))
+        fresh = fresh_only(blueprint.config.train, TracedOutbox(outbox, spans))
+        trainee, out = idling(plan, traced, with_images(blueprint, place.stage, fresh, device))
         loop.run(trainee, TracedInbox(inbox, spans), out, plan, hooks)
         sink({"kind": "memory", **_who(place), "peak_rss_bytes": peak_rss_bytes()})
     except BaseException as error:
@@ -196,6 +198,8 @@ def build_trainee(job: Job, stage: Stage) -> loop.Trainee:
     emulated = config.pipeline.device == "emulated"
     trainee = _emulated(blueprint, stage) if emulated else watch(stage, config.train.on_nonfinite)
     trainee = rehearse(trainee, config.launcher.faults, job.run)
+    if config.train.order == "replay":
+        return ReplayingStage(trainee, stage)
     if blueprint.cache_bytes(stage.index) == 0:
         return trainee
     cache = CACHES[config.train.cache](job.run, blueprint.spec.num_train, blueprint.input_shape(stage.index))
@@ -277,13 +281,14 @@ def build_hooks(job: Job, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink
     # before the metrics, which leave out what passes until they see an evaluation's micro-batch
     looks = [Geometry(stage, sink)] if learns and stage.replicas.replica == 0 else []
     saves = SaveCheckpoints(stage, metrics, outbox, job.run, sink, schedule, job.first_step)
-    return [
+    hooks: list[loop.Hook] = [
         *([StabilityGuard(stage, optim.peak_rate(config.optim), momentum)] if guarded else []),
         *looks,
         metrics,
         Evaluation(stage, sink, config.train.on_nonfinite, learns),
         saves,  # after the metrics, whose sums it saves
     ]
+    return [FreshHook(hook) for hook in hooks] if config.train.order == "replay" else hooks
 
 
 def _who(place: Place) -> Row:
@@ -304,13 +309,6 @@ def _for_all(sink: Sink) -> Sink:
             sink(row)
 
     return sink_own
-
-
-def _idling(plan: Plan, stage: loop.Trainee, outbox: Outbox) -> tuple[loop.Trainee, Outbox]:
-    """Only where some stage is idle at times is anything wrapped."""
-    if isinstance(plan, Parallel):
-        return stage, outbox
-    return IdlingStage(stage, plan), TickingOutbox(outbox, plan, stage.index + 1)
 
 
 def configure_torch(config: TrainConfig) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Protocol, final
+from typing import Protocol, final, runtime_checkable
 
 from torch import Tensor
 
@@ -72,6 +72,15 @@ class ReplicaGroup(Protocol):
 
     def start_sum(self, tensor: Tensor) -> Sum:
         """Begin to replace a tensor by its sum over the group, the same bits on every replica; in place."""
+
+
+@runtime_checkable
+class WatchedInbox(Inbox, Protocol):
+    """An inbox that can say whether its next micro-batch is late."""
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the consumer would be blocked now; False at the end of the stream, and once the alarm has rung."""
 
 
 @final

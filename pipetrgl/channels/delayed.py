@@ -61,6 +61,12 @@ class DelayedInbox:
     def waited_s(self) -> float:
         return self._box.consumer_waited_s + self._on_the_way_s
 
+    @property
+    def is_late(self) -> bool:
+        if self._box.is_late:
+            return True
+        return bool(self._due) and self._due[0] > time.monotonic() and not self._alarm.rang
+
     def __iter__(self) -> Iterator[MicroBatch]:
         for micro_batch in self._box:
             self._wait_until(self._due.popleft())

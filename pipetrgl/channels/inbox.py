@@ -67,6 +67,10 @@ class LinkInbox:
         return self._box.consumer_waited_s
 
     @property
+    def is_late(self) -> bool:
+        return self._box.is_late
+
+    @property
     def slot_bytes(self) -> int:
         """Memory of all slots."""
         return sum(slot.nbytes for slot in self._slots)

@@ -66,6 +66,12 @@ class Mailbox:
         with self._condition:
             self._condition.notify_all()
 
+    @property
+    def is_late(self) -> bool:
+        """Whether the consumer would have to wait; without waiting."""
+        with self._condition:
+            return not (self._ready or self._ended or self.alarm.rang)
+
     def __iter__(self) -> Iterator[MicroBatch]:
         while True:
             with self._condition:

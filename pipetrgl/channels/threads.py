@@ -47,6 +47,10 @@ class ThreadInbox:
     def waited_s(self) -> float:
         return self._box.consumer_waited_s
 
+    @property
+    def is_late(self) -> bool:
+        return self._box.is_late
+
     def __iter__(self) -> Iterator[MicroBatch]:
         return iter(self._box)
 

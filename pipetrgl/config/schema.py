@@ -272,12 +272,22 @@ class OptimConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
 
 
+class ReplayConfig(Section):
+    """What a stage that waits for the one before it learns from again, with train.order: replay."""
+
+    size: Positive = 8
+    """Micro-batches that each stage but the first keeps: the newest that it received."""
+    max_reuse: Positive = 2
+    """Uses of one micro-batch, the first included; with 1 nothing is reused, as in the parallel order."""
+
+
 class TrainConfig(Section):
     """How long, and in what portions."""
 
-    order: Literal["parallel", "sequential", "multi_lap"] = "parallel"
+    order: Literal["parallel", "sequential", "multi_lap", "replay"] = "parallel"
     """parallel: all stages learn at the same time; sequential: one after another, on the frozen ones before it;
-    multi_lap: the whole sequential sweep several times."""
+    multi_lap: the whole sequential sweep several times; replay: parallel, but a stage that would wait learns from past
+    activations once more, so the weights depend on the workers' speeds."""
     epochs: Positive = 8
     """Passes over the training split; of stage 0 in each lap if the order is not parallel."""
     epochs_growth: NonNegative = 0
@@ -287,6 +297,7 @@ class TrainConfig(Section):
     cache: Literal["none", "memory", "disk"] = "none"
     """sequential and multi_lap, without augmentation: the learning stage keeps what it is handed in the first epoch of
     its phase, in memory or in the run folder, and the stages before it rest in the later ones; see docs/method.md."""
+    replay: ReplayConfig = ReplayConfig()
     max_steps: Positive | None = None
     """End after this many optimizer steps of the whole run, wherever in an epoch that is."""
     batch: Positive = 64
@@ -324,16 +335,27 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _only_where_used(self) -> TrainConfig:
         faults = []
-        if "epochs_growth" in self.model_fields_set and self.order == "parallel":
+        if "epochs_growth" in self.model_fields_set and self.together:
             faults.append("epochs_growth: only used with train.order: sequential or multi_lap")
         if "laps" in self.model_fields_set and self.order != "multi_lap":
             faults.append("laps: only used with train.order: multi_lap")
-        if self.cache != "none" and self.order == "parallel":
+        if self.cache != "none" and self.together:
             faults.append("cache: only used with train.order: sequential or multi_lap; else no stage is ever frozen")
         elif self.cache != "none" and self.epochs == 1 and self.epochs_growth == 0:
             faults.append("cache: every stage learns for one epoch at a time, so nothing is ever recalled")
+        if self.order != "replay":
+            faults += [
+                f"replay.{name}: only used with train.order: replay" for name in sorted(self.replay.model_fields_set)
+            ]
+        elif self.accumulate > 1:
+            faults.append("accumulate: train.order: replay makes an optimizer step of each micro-batch; use 1")
         _raise(faults)
         return self
+
+    @property
+    def together(self) -> bool:
+        """Whether all stages learn at the same time."""
+        return self.order in ("parallel", "replay")
 
 
 class EvaluateConfig(Section):
@@ -499,8 +521,8 @@ class LauncherConfig(Section):
     max_failures: NonNegative = 0
     """So many times in all a stage is replaced, or the whole run started again from its newest complete checkpoint."""
     restart: Literal["stage", "run"] = "stage"
-    """After a worker died. stage: replace it alone while the others wait, where that is possible (local and ray, CPU),
-    else start the run again; run: always start the whole run again."""
+    """After a worker died. stage: replace it alone while the others wait, where that is possible (local and ray, CPU,
+    no replay order), else start the run again; run: always start the whole run again."""
     faults: list[FaultConfig] = []
     """Failures to rehearse, such as [{stage: 2, step: 100, action: kill}]."""
 
@@ -668,6 +690,19 @@ class Config(Section):
             for number, fault in enumerate(self.launcher.faults)
             if fault.action == "nan"
         ]
+        _raise(faults)
+        return self
+
+    @model_validator(mode="after")
+    def _replay_can_see_what_is_late(self) -> Config:
+        faults = []
+        if self.train.order == "replay":
+            if max(self.pipeline.replica_counts) > 1:
+                faults.append("pipeline.replicas: not with train.order: replay, where each would reuse on its own")
+            if self.channel.capacity == 1:
+                faults.append(
+                    "channel.capacity: train.order: replay needs 2, or nothing could arrive while a stage learns"
+                )
         _raise(faults)
         return self
 

@@ -46,7 +46,7 @@ class Sweep:
 
     def __init__(self, train: TrainConfig, num_stages: int, steps_per_epoch: int) -> None:
         everyone, plans = range(num_stages), []
-        if train.order == "parallel":
+        if train.together:
             plans.append((0, everyone, everyone, train.epochs))
         else:
             for lap in range(train.laps):

@@ -49,7 +49,7 @@ class FaultyStage:
         return self._stage.index
 
     def forward(self, micro_batch: MicroBatch, train: bool) -> StageOutput:
-        if micro_batch.split is Split.TRAIN and micro_batch.row_start == 0:
+        if micro_batch.split is Split.TRAIN and micro_batch.row_start == 0 and not micro_batch.reused:
             for number, fault in self._faults.items():
                 if fault.step <= micro_batch.step < fault.step + fault.num_steps:
                     micro_batch = self._meet(number, fault, micro_batch)

@@ -13,7 +13,7 @@ import torch
 
 from pipetrgl.channels.contracts import Outbox
 from pipetrgl.engine.loop import Trainee
-from pipetrgl.engine.phases import Plan, Role
+from pipetrgl.engine.phases import Parallel, Plan, Role
 from pipetrgl.microbatch import MicroBatch
 from pipetrgl.objective import LocalLoss
 from pipetrgl.stage import StageOutput
@@ -21,6 +21,13 @@ from pipetrgl.stage import StageOutput
 _ZERO = torch.zeros(())
 NOTHING = StageOutput(torch.empty(0), torch.empty(0), LocalLoss(_ZERO, _ZERO, _ZERO, ()), ())
 """What comes of a tick."""
+
+
+def idling(plan: Plan, stage: Trainee, outbox: Outbox) -> tuple[Trainee, Outbox]:
+    """Only where some stage is idle at times is anything wrapped."""
+    if isinstance(plan, Parallel):
+        return stage, outbox
+    return IdlingStage(stage, plan), TickingOutbox(outbox, plan, stage.index + 1)
 
 
 @final

@@ -98,7 +98,7 @@ class TrainMetrics:
         self._sink(self._clock.summary(self._stage))
 
     def state(self) -> dict[str, Tensor]:
-        """The sums since the last row, for a checkpoint between two rows, and the count of skipped updates.
+        """The sums since the last row, for a checkpoint between two rows, and how often it skipped and reused.
 
         Of all replicas together: all of them ask at the same step.
         """
@@ -111,10 +111,12 @@ class TrainMetrics:
             state["place"] = torch.tensor([rows, self._step, self._epoch])
         if self._skipped:
             state["skipped_updates"] = torch.tensor(self._skipped)
+        if self._stage.num_reused:
+            state["num_reused"] = torch.tensor(self._stage.num_reused)
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from the sums and the count of a checkpoint; nothing to do where it has none.
+        """Go on from the sums and the counts of a checkpoint; nothing to do where it has none.
 
         The first replica takes the sums, the others begin theirs anew: they are added up later.
         """
@@ -127,6 +129,8 @@ class TrainMetrics:
             self._unwritten = True
         if "skipped_updates" in state:
             self._skipped = self._stage.skipped_updates = int(state["skipped_updates"])
+        if "num_reused" in state:
+            self._stage.num_reused = int(state["num_reused"])
 
     def _add_up(self) -> None:
         """Into the sums, one after another: when that happens changes no bit of them."""
@@ -156,6 +160,7 @@ class TrainMetrics:
             "weight": float(self._stage.objective.weight.value()) if self._stage.objective.regularised else 0.0,
             "lr": self._stage.learning_rate,
             "skipped_updates": self._skipped,
+            "num_reused": self._stage.num_reused,
             **self._clock.since_last_row(self._stage.replicas),
         }
         self._sink(row)
@@ -254,6 +259,7 @@ class _TrainClock:
             "stage": stage.index,
             "num_steps": stage.num_updates,
             "skipped_updates": stage.skipped_updates,
+            "num_reused": stage.num_reused,
             "train_s": seconds / count,
             "images_per_s": rate or None,
             "wait_share": _ratio(waited, seconds),

@@ -116,8 +116,10 @@ def replaces_stages(config: Config) -> bool:
     """Whether a worker that dies is replaced alone.
 
     Never on a GPU, where NCCL has no way to give up one broken pair, nor where any stage has replicas, which would have
-    to open their group again as well, nor with a cache, which dies with the worker: the whole run starts again.
+    to open their group again as well, nor with a cache, which dies with the worker, nor in the replay order, where a
+    replacement would not train to the weights that made what is sent already: the whole run starts again.
     """
-    launcher, pipeline = config.launcher, config.pipeline
-    possible = pipeline.hardware == "cpu" and max(pipeline.replica_counts) == 1 and config.train.cache == "none"
+    launcher, pipeline, train = config.launcher, config.pipeline, config.train
+    remembers = train.cache != "none" or train.order == "replay"
+    possible = pipeline.hardware == "cpu" and max(pipeline.replica_counts) == 1 and not remembers
     return possible and launcher.restart == "stage" and launcher.max_failures > 0

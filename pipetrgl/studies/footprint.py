@@ -45,8 +45,8 @@ class StageFootprint:
         gpipe, one_f_one_b: saved activations of the same blocks in those schedules.
         parameters: of blocks and head; their gradients take as much again.
         optimizer: what the optimizer remembers.
-        links: the inbox's slots (of stage 0: the loader's batches), and the one micro-batch that is being sent, with
-            the images that ride along where the run's own objective needs them.
+        links: the inbox's slots (of stage 0: the loader's batches), the ring of the replay order, and the one
+            micro-batch that is being sent, with the images that ride along where the run's own objective needs them.
         cache: what `train.cache` keeps while the stage learns.
     """
 
@@ -185,10 +185,17 @@ def link_bytes(blueprint: Blueprint, stage: int) -> int:
         network = blueprint.network
         received = config.data.prefetch * math.prod((rows, *network.input_shape)) * network.input_dtype.itemsize
     else:
-        slot = _slot_bytes((rows, *blueprint.input_shape(stage)), codec)
+        slot, kept = (
+            _slot_bytes((rows, *blueprint.input_shape(stage)), codec),
+            (train_rows, *blueprint.input_shape(stage)),
+        )
+        held = _bytes_of(kept)
         if (image := blueprint.image_shape(stage)) is not None:
             slot += _slot_bytes((train_rows, *image), codec)
+            held += _bytes_of((train_rows, *image))
         received = config.channel.capacity * slot
+        if config.train.order == "replay":  # the ring, and the copy that the stage has in hand
+            received += (config.train.replay.size + 1) * held
     if stage == blueprint.num_stages - 1:
         return received
     sent = _encoded_bytes((rows, *blueprint.output_shape(stage)), codec)

@@ -21,6 +21,7 @@ TABLE_HEADER = [
 ]
 WORK_HEADER = [
     "stage",
+    "steps",
     "computed",
     "waited for input",
     "waited to send",
@@ -123,10 +124,17 @@ def stagnation_line(stages: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def _steps(stage: Mapping[str, Any]) -> str:
+    """Updates of a stage, and beside them those on reused micro-batches."""
+    reused = stage.get("num_reused") or 0
+    return count(stage.get("num_steps")) + (f" and {count(reused)} reused" if reused else "")
+
+
 def work_rows(stages: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     return [
         [
             str(stage["stage"]),
+            _steps(stage),
             percent(stage.get("compute_share")),
             percent(stage.get("wait_share")),
             percent(stage.get("send_wait_share")),

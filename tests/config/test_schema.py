@@ -89,6 +89,10 @@ def test_a_rule_reports_every_fault_of_its_section() -> None:
         ({"laps": 1, "epochs_growth": 2, "order": "parallel"}, ["epochs_growth", "laps"]),
         ({"laps": 3, "epochs_growth": 2, "order": "sequential"}, ["laps"]),
         ({"laps": 3, "epochs_growth": 2, "order": "multi_lap"}, []),
+        ({"replay": {"size": 8, "max_reuse": 2}}, ["replay.max_reuse", "replay.size"]),
+        ({"replay": {"size": 8}, "order": "multi_lap"}, ["replay.size"]),
+        ({"replay": {"size": 8}, "laps": 2, "epochs_growth": 0, "order": "replay"}, ["epochs_growth", "laps"]),
+        ({"replay": {"size": 8, "max_reuse": 2}, "order": "replay"}, []),
     ],
 )
 def test_options_of_an_order_are_refused_in_another(train: dict[str, Any], faults: list[str]) -> None:
@@ -138,8 +142,17 @@ def test_a_cache_is_taken_where_a_frozen_stage_hands_on_the_same_twice(train: di
     assert Config.model_validate(yaml.safe_load(dump(config))) == config
 
 
+def test_replay_is_refused_where_no_micro_batch_could_be_reused_alone() -> None:
+    TrainConfig.model_validate({"accumulate": 2})
+    with pytest.raises(ValidationError, match="accumulate: train.order: replay makes an optimizer step of each"):
+        TrainConfig.model_validate({"order": "replay", "accumulate": 2})
+    content = {"train": {"order": "replay"}, "pipeline": {"replicas": [1, 2, 1, 1]}, "channel": {"capacity": 1}}
+    with pytest.raises(ValidationError, match=r"replicas: not with[^\n]+\n[^\n]*capacity: train.order: replay needs 2"):
+        Config.model_validate(content)
+
+
 def test_a_dump_of_every_order_loads_again() -> None:
-    for order in ("parallel", "sequential", "multi_lap"):
+    for order in ("parallel", "sequential", "multi_lap", "replay"):
         config = Config.model_validate({"train": {"order": order}})
         assert Config.model_validate(yaml.safe_load(dump(config))) == config
 

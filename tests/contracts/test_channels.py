@@ -15,13 +15,14 @@ from torch.distributed import HashStore, ProcessGroup
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.c10d import gloo_pair
 from pipetrgl.channels.codecs import CODECS, Codec, roundtrip
-from pipetrgl.channels.contracts import Inbox, Outbox
+from pipetrgl.channels.contracts import Inbox, Outbox, WatchedInbox
 from pipetrgl.channels.delayed import DelayedInbox
 from pipetrgl.channels.inbox import LinkInbox
 from pipetrgl.channels.link import Connection, Irreplaceable, LinkTerms
 from pipetrgl.channels.outbox import LinkOutbox
 from pipetrgl.channels.payload import GlooLine
 from pipetrgl.channels.replay import ReplayLog
+from pipetrgl.channels.replaying import ReplayingInbox
 from pipetrgl.channels.threads import thread_link
 from pipetrgl.channels.wire import label_words
 from pipetrgl.errors import LinkError
@@ -78,7 +79,17 @@ def open_delayed(capacity: int = 2, codec: Codec = CODECS["fp32"], timeout_s: fl
     return Channel(inner.outbox, inbox, inner.alarm, extra=cable)
 
 
-@pytest.fixture(params=[open_threads, open_gloo, open_delayed], ids=["threads", "gloo", "delayed"])
+def open_replaying(capacity: int = 2, codec: Codec = CODECS["fp32"], timeout_s: float = 20.0) -> Channel:
+    """A channel of threads whose receiver keeps what it gets, but may use nothing twice."""
+    inner = open_threads(capacity, codec, timeout_s)
+    assert isinstance(inner.inbox, WatchedInbox)
+    return Channel(inner.outbox, ReplayingInbox(inner.inbox, size=3, max_reuse=1), inner.alarm)
+
+
+KINDS = {"threads": open_threads, "gloo": open_gloo, "delayed": open_delayed, "replaying": open_replaying}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
 def channel(request: pytest.FixtureRequest) -> Iterator[Open]:
     opened: list[Channel] = []
 
@@ -302,3 +313,40 @@ def test_no_deadline_runs_while_some_stage_is_being_replaced(channel: Open) -> N
         next(iter(both.inbox))
     assert time.monotonic() - start >= 1.3 - 0.05  # no sooner than the pause and the deadline after it
     both.outbox.close()
+
+
+@pytest.mark.parametrize("kind", ["threads", "gloo", "delayed"])
+def test_an_inbox_knows_without_waiting_whether_its_next_micro_batch_is_late(kind: str) -> None:
+    both = KINDS[kind]()
+    inbox = both.inbox
+    assert isinstance(inbox, WatchedInbox)
+    assert inbox.is_late
+    stream = iter(inbox)
+    both.outbox.send(micro_batch(0))
+    wait_for_arrival(inbox)
+    next(stream)
+    assert inbox.is_late  # also while a micro-batch is in hand
+    thread = send_all(both, [micro_batch(1)])
+    wait_for_arrival(inbox)
+    next(stream)
+    wait_for_arrival(inbox)  # of the end
+    assert next(stream, None) is None
+    assert not inbox.is_late
+    thread.join()
+    inbox.close()
+
+
+@pytest.mark.parametrize("kind", ["threads", "gloo", "delayed"])
+def test_an_alarm_is_never_late(kind: str) -> None:
+    both = KINDS[kind]()
+    both.alarm.ring(LinkError("stage 7 failed"))
+    assert isinstance(both.inbox, WatchedInbox)
+    assert not both.inbox.is_late
+    both.inbox.close()
+
+
+def wait_for_arrival(inbox: WatchedInbox) -> None:
+    deadline = time.monotonic() + 20
+    while inbox.is_late:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipetrgl.blueprint import draw_up
 from pipetrgl.channels.codecs import CODECS, roundtrip
 from pipetrgl.config.load import load
-from pipetrgl.config.schema import Config
+from pipetrgl.config.schema import Config, ReplayConfig
 from pipetrgl.errors import ModelError
 from pipetrgl.launchers.start import describe
 from pipetrgl.microbatch import Split
@@ -219,6 +219,13 @@ def test_the_config_of_dgl_is_plain_greedy_learning_with_its_head() -> None:
     assert dgl.optim == quickstart.optim
     assert dgl.train == quickstart.train
     assert dgl.model.cuts == quickstart.model.cuts
+
+
+def test_dgl_with_replay_differs_from_dgl_in_the_order_alone() -> None:
+    replay, dgl = load(CONFIGS / "rivals" / "dgl_replay.yaml"), load(CONFIGS / "rivals" / "dgl.yaml")
+    order = {"train": replay.train, "run": replay.run}
+    assert replay.train == dgl.train.model_copy(update={"order": "replay", "replay": ReplayConfig(size=8, max_reuse=2)})
+    assert replay == dgl.model_copy(update=order)
 
 
 def test_dgl_equals_a_plain_loop_of_cross_entropies_over_detached_stages(tmp_path: Path) -> None:

@@ -126,6 +126,12 @@ def test_links_hold_images_where_they_ride_along() -> None:
     assert more == [image, slots * image, 0]
 
 
+def test_the_replay_order_also_holds_a_ring_of_activations_and_the_one_in_hand_behind_the_first_stage() -> None:
+    plain, ring = counted(mlp()), counted(mlp(train={"batch": 8, "order": "replay", "replay": {"size": 5}}))
+    more = [after.links - before.links for before, after in zip(plain.stages, ring.stages, strict=True)]
+    assert more == [0, (5 + 1) * 8 * 3 * 4]
+
+
 def test_a_slot_is_as_large_as_the_largest_micro_batch_of_an_evaluation() -> None:
     _, last = counted(mlp(evaluate={"batch": 250})).stages  # but there are only 6 validation and 8 test images
     assert last.links == 4 * 8 * 3 * 4

@@ -112,6 +112,17 @@ def test_an_interrupted_run_is_reported_from_its_metrics(tmp_path: Path) -> None
     assert "Use the head of <strong>stage 1</strong>" in page
 
 
+def test_the_report_counts_what_was_reused_beside_the_steps(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    whole = result(2)
+    for stage, counts in zip(whole["stages"], ((680, 0), (680, 120)), strict=True):
+        stage["num_steps"], stage["num_reused"] = counts
+    (run / "result.json").write_text(json.dumps(whole))
+    page = write_report(run).read_text()
+    assert "<td>680</td>" in page
+    assert "<td>680 and 120 reused</td>" in page
+
+
 def test_a_half_written_last_line_is_ignored(tmp_path: Path) -> None:
     run = interrupted_run(tmp_path / "run")
     complete = read_run(run).rows
