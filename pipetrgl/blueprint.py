@@ -61,8 +61,18 @@ class Blueprint:
 
     @cached_property
     def itinerary(self) -> Itinerary:
-        config = self.config
-        return Itinerary(config.train, config.evaluate, self.spec, self.num_stages, config.pipeline.least_rows)
+        config, train = self.config, self.config.train
+        if self.end_to_end:  # whole steps travel, and are divided where they are computed
+            train = train.model_copy(update={"accumulate": 1})
+        return Itinerary(train, config.evaluate, self.spec, self.num_stages, config.pipeline.least_rows)
+
+    @property
+    def end_to_end(self) -> bool:
+        """Whether gradients go through all stages, and only the last one has a head."""
+        return self.config.train.order == "end_to_end"
+
+    def has_head(self, stage: int) -> bool:
+        return not self.end_to_end or stage == self.num_stages - 1
 
     @cached_property
     def taus(self) -> tuple[float, ...]:
@@ -82,6 +92,8 @@ class Blueprint:
 
     def head(self, stage: int) -> torch.nn.Module:
         """A fresh auxiliary head, not initialised."""
+        if not self.has_head(stage):
+            return heads.NoHead()
         config = self.config.model.head
         return heads.build(config.name, config.pool, self.output_shape(stage), self.spec.num_classes)
 
@@ -100,9 +112,9 @@ class Blueprint:
     def updates(self, num_taken: int) -> dict[str, int]:
         """Each stage's own number of updates after the run's first `num_taken` steps, by the name of its first block.
 
-        Empty in the parallel order, where all of them are `num_taken` and the cuts need not be told.
+        Empty where all stages learn in every step: all of them are `num_taken`, and the cuts need not be told.
         """
-        if self.config.train.order == "parallel":
+        if not self.config.train.one_by_one:
             return {}
         own = self.itinerary.sweep.num_updates
         return {self.blocks(stage)[0].name: own(stage, num_taken) for stage in range(self.num_stages)}
@@ -130,7 +142,7 @@ def draw_up(config: Config, spec: DataSpec) -> Blueprint:
     blueprint = Blueprint(config, spec, network, ranges, zoo.output_shapes(network), counts)
     for stage in range(blueprint.num_stages):
         blueprint.stage_parameters(stage)
-    if config.objective.transport.kind == "stage":
+    if config.objective.transport.kind == "stage" and not blueprint.end_to_end:
         _require_equal_shapes(blueprint)
     _require_stable(blueprint)
     assert blueprint.itinerary.total_steps > 0

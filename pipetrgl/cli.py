@@ -183,7 +183,7 @@ def outline(blueprint: Blueprint) -> str:
             f"stage {stage}: {names[0]} .. {names[-1]} | {blueprint.input_shape(stage)} -> "
             f"{blueprint.output_shape(stage)} | {blocks:,} parameters, head {head:,} | tau {blueprint.taus[stage]:g}"
         )
-    if blueprint.config.train.order != "parallel":
+    if blueprint.config.train.one_by_one:
         lines += [
             f"lap {phase.lap}, stage {phase.learners[0]} learns: {phase.epochs} epochs, "
             f"steps {phase.steps[0] + 1:,} to {phase.steps.stop:,}"

@@ -130,7 +130,8 @@ class Recorder:
         valid = [stage["valid_accuracy"] for stage in stages]
         rates = [stage["images_per_s"] for stage in stages if stage["images_per_s"] is not None]
         times = [stage["train_s"] for stage in stages if stage["train_s"] is not None]
-        together = self._blueprint.config.train.order == "parallel"
+        together = not self._blueprint.config.train.one_by_one
+        headed = [k for k in range(len(stages)) if self._blueprint.has_head(k)]
         return {
             "schema": 1,
             "command": "train",
@@ -156,7 +157,7 @@ class Recorder:
             "images_per_s": min(rates, default=None),
             "stages": stages,
             # chosen on the validation split; the test split is only reported
-            "best_head": max(range(len(valid)), key=lambda k: (valid[k], k)) if None not in valid else None,
+            "best_head": max(headed, key=lambda k: (valid[k], k)) if all(valid[k] is not None for k in headed) else None,
             "last_head": len(stages) - 1,
             "environment": environment,
             "error": error,

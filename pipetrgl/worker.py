@@ -25,6 +25,7 @@ from pipetrgl.data.loader import Ends, Loader
 from pipetrgl.engine import loop
 from pipetrgl.engine.checkpoint import Checkpoint
 from pipetrgl.engine.emulated import Device, EmulatedStage, Times
+from pipetrgl.engine.end_to_end import EndToEnd
 from pipetrgl.engine.evaluate import Evaluation
 from pipetrgl.engine.faults import rehearse
 from pipetrgl.engine.guard import StabilityGuard
@@ -117,8 +118,7 @@ def run_worker(
     try:
         outbox = links.outbox(place)
         sink({"kind": "linked", **_who(place)})
-        trace = blueprint.config.trace
-        spans = Trace(trace.first_step, trace.num_steps, place.rank, _title(blueprint, place), links.clock_offset_s)
+        spans = build_trace(blueprint, place, links.clock_offset_s)
         hooks = build_hooks(job, stage, inbox, outbox, sink if place.replica == 0 else _for_all(sink))
         hooks = [*hooks, TraceHook(spans, place.stage, sink), Listen(alarm)]
         plan = build_plan(blueprint)
@@ -173,7 +173,7 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device, replicas
             calls=kernels.calls(config.train, blocks, device),
             head=head,
             criterion=criterion,
-            objective=StageObjective(config.objective, blueprint.taus[index], device),
+            objective=StageObjective(config.objective, blueprint.taus[index], device, not blueprint.end_to_end),
             precision=precision.build(config.train, device, index),
             optimizer=optim.build(config.optim, named),
             learning_rate=functools.partial(_learning_rate, blueprint, itinerary.steps_per_epoch, own_steps),
@@ -189,6 +189,8 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device, replicas
 def build_trainee(job: Job, stage: Stage) -> loop.Trainee:
     """The stage as the loop trains it: watched for values that are not finite, and meeting the faults to rehearse."""
     config = job.blueprint.config
+    if job.blueprint.end_to_end:
+        return EndToEnd([stage], config.train)
     emulated = config.pipeline.device == "emulated"
     trainee = _emulated(job.blueprint, stage) if emulated else watch(stage, config.train.on_nonfinite)
     return rehearse(trainee, config.launcher.faults, job.run)
@@ -214,6 +216,12 @@ def build_loader(job: Job, replicas: ReplicaGroup | None = None) -> Loader:
         place = world.place(world.rank(0, replicas.replica))
         ends, share = Agreed(job.stop, replicas), functools.partial(world.share, place)
     return Loader(job.dataset(), job.blueprint.itinerary, config.data, config.seed, job.first_step, ends, share)
+
+
+def build_trace(blueprint: Blueprint, place: Place, clock_offset_s: float) -> Trace:
+    """Of one worker, in the config's window of steps."""
+    config = blueprint.config.trace
+    return Trace(config.first_step, config.num_steps, place.rank, _title(blueprint, place), clock_offset_s)
 
 
 def _share_out(modules: Sequence[torch.nn.Module], replicas: ReplicaGroup, config: Config) -> GradientSum:
@@ -246,8 +254,8 @@ def build_hooks(job: Job, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink
     config = job.blueprint.config
     momentum = config.optim.momentum
     guarded = config.optim.name == "sgd" and stage.replicas.replica == 0  # one warning for all
-    learns = config.pipeline.device != "emulated"
-    metrics = TrainMetrics(stage, inbox, outbox, sink, config.metrics.every, learns)
+    learns, scored = config.pipeline.device != "emulated", job.blueprint.has_head(stage.index)
+    metrics = TrainMetrics(stage, inbox, outbox, sink, config.metrics.every, learns and scored)
     if job.checkpoint is not None:
         job.checkpoint.load_into(stage, metrics)
         stage.num_updates = job.blueprint.itinerary.sweep.num_updates(stage.index, job.first_step)
@@ -259,7 +267,7 @@ def build_hooks(job: Job, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink
     return [
         *([StabilityGuard(stage, optim.peak_rate(config.optim), momentum)] if guarded else []),
         metrics,
-        Evaluation(stage, sink, config.train.on_nonfinite, learns),
+        *([Evaluation(stage, sink, config.train.on_nonfinite, learns)] if scored else []),
         saves,  # after the metrics, whose sums it saves
     ]
 

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pipetrgl.config import end_to_end
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -242,9 +244,13 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """How long, and in what portions."""
 
-    order: Literal["parallel", "sequential", "multi_lap"] = "parallel"
+    order: Literal["parallel", "sequential", "multi_lap", "end_to_end"] = "parallel"
     """parallel: all stages learn at the same time; sequential: one after another, on the frozen ones before it;
-    multi_lap: the whole sequential sweep several times."""
+    multi_lap: the whole sequential sweep several times; end_to_end: one loss, at the last head, whose gradient goes
+    through all stages."""
+    schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    """end_to_end over workers: torch's pipeline schedule, whose micro-batches are those of `accumulate`; gpipe runs all
+    forward passes first, 1f1b keeps at most one micro-batch a stage behind it."""
     epochs: Positive = 8
     """Passes over the training split; of stage 0 in each lap if the order is not parallel."""
     epochs_growth: NonNegative = 0
@@ -288,12 +294,19 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _only_where_used(self) -> TrainConfig:
         faults = []
-        if "epochs_growth" in self.model_fields_set and self.order == "parallel":
+        if "epochs_growth" in self.model_fields_set and not self.one_by_one:
             faults.append("epochs_growth: only used with train.order: sequential or multi_lap")
         if "laps" in self.model_fields_set and self.order != "multi_lap":
             faults.append("laps: only used with train.order: multi_lap")
+        if "schedule" in self.model_fields_set and self.order != "end_to_end":
+            faults.append("schedule: only used with train.order: end_to_end")
         _raise(faults)
         return self
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether stages learn one after another; in the other orders all learn in every step."""
+        return self.order in ("sequential", "multi_lap")
 
 
 class EvaluateConfig(Section):
@@ -588,6 +601,12 @@ class Config(Section):
             if fault.stage >= stages
         ]
         _raise(faults)
+        return self
+
+    @model_validator(mode="after")
+    def _end_to_end_has_one_loss(self) -> Config:
+        if self.train.order == "end_to_end":
+            _raise(end_to_end.faults(self))
         return self
 
     @model_validator(mode="after")

@@ -61,6 +61,7 @@ class Loader:
     Args:
         ends: where it is set, the stream ends before its time, after a whole optimizer step.
         share: of the rows of a micro-batch, those that this replica of stage 0 reads.
+        images: False where only the targets are wanted: images of no pixel.
 
     Attributes:
         waited_s: time in which the stage waited for a micro-batch.
@@ -75,6 +76,7 @@ class Loader:
         first_step: int = 0,
         ends: Ends | None = None,
         share: Callable[[range], range] | None = None,
+        images: bool = True,
     ) -> None:
         self.waited_s = 0.0
         self._ends = ends or threading.Event()
@@ -82,6 +84,7 @@ class Loader:
         self._dataset = dataset
         self._config = config
         self._seed = seed
+        self._images = images
         stops = itinerary.stops(first_step)
         self._stops = stops if share is None else (stop.share(share) for stop in stops)
         self._queue: queue.Queue[_Prepared | _End] = queue.Queue(config.prefetch)
@@ -167,6 +170,8 @@ class Loader:
 
     def _training(self, stop: Stop, epoch: _Epoch) -> _Prepared:
         positions = epoch.order[stop.first_row : stop.end_row].copy()
+        if not self._images:
+            return _Prepared(stop, _no_images(stop), self._dataset.train.labels[positions], positions)
         images = self._dataset.train.read(positions)
         if self._config.crop_padding or self._config.flip:
             images = crop_and_flip(images, epoch.draws.at(positions), self._config.crop_padding)
@@ -176,8 +181,14 @@ class Loader:
     def _evaluation(self, stop: Stop) -> _Prepared:
         samples = self._dataset.valid if stop.split is Split.VALID else self._dataset.test
         positions = np.arange(stop.first_row, stop.end_row, dtype=np.int64)
+        if not self._images:
+            return _Prepared(stop, _no_images(stop), samples.labels[positions], positions)
         normal = normalise(samples.read(positions), self._dataset.mean, self._dataset.std)
         return _Prepared(stop, normal, samples.labels[positions], positions)
+
+
+def _no_images(stop: Stop) -> NDArray[np.float32]:
+    return np.empty((stop.num_rows, 0), dtype=np.float32)
 
 
 def _micro_batch(item: _Prepared) -> MicroBatch:

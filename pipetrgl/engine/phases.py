@@ -32,7 +32,7 @@ class Plan(Protocol):
 
 @final
 class Parallel:
-    """Every stage learns from every training micro-batch, all at the same time."""
+    """Every stage learns from every training micro-batch: at the same time, or end to end."""
 
     def role(self, stage: int, micro_batch: MicroBatch) -> Role:
         return Role.TRAIN if micro_batch.split is Split.TRAIN else Role.PASS
@@ -59,4 +59,4 @@ class OneByOne:
 
 def plan_of(order: str, sweep: Sweep) -> Plan:
     """The plan of `train.order`."""
-    return Parallel() if order == "parallel" else OneByOne(sweep)
+    return OneByOne(sweep) if order in ("sequential", "multi_lap") else Parallel()

@@ -7,6 +7,7 @@ import socket
 from typing import final
 
 import torch
+from torch.distributed import ProcessGroup
 
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.board import Board
@@ -89,6 +90,11 @@ class StoreLinks:
         shares = [functools.partial(world.share, receiver) for receiver in receivers]
         return split(outboxes, shares)
 
+    def pipeline(self, place: Place) -> tuple[ProcessGroup, ReplicaGroup]:
+        size, timeout_s = self._blueprint.world.size, self._blueprint.config.channel.wait_timeout_s
+        sums = self._connector.replicas(range(size), place.rank, self._member.device, timeout_s, "the stages")
+        return self._connector.everyone(place.rank, size, timeout_s), sums
+
     def _terms(self, sender: Place, receiver: Place) -> LinkTerms:
         channel = self._blueprint.config.channel
         return LinkTerms(
@@ -114,8 +120,9 @@ def replaces_stages(config: Config) -> bool:
     """Whether a worker that dies is replaced alone.
 
     Never on a GPU, where NCCL has no way to give up one broken pair, nor where any stage has replicas, which would have
-    to open their group again as well: the whole run starts again.
+    to open their group again as well, nor in the end-to-end order, where all stages are at the same step: the whole run
+    starts again.
     """
     launcher, pipeline = config.launcher, config.pipeline
-    possible = pipeline.hardware == "cpu" and max(pipeline.replica_counts) == 1
+    possible = pipeline.hardware == "cpu" and max(pipeline.replica_counts) == 1 and config.train.order != "end_to_end"
     return possible and launcher.restart == "stage" and launcher.max_failures > 0

@@ -36,14 +36,14 @@ FLOORS = [
     },
     {"stage"},
     {"engine"},
-    {"blueprint", "worker", "recorder"},
+    {"blueprint", "worker", "scheduled", "recorder"},
     {"launchers"},
     {"studies"},
     {"console", "cli", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms on one floor do not see each other, but these single files stand on one another.
-NEIGHBOURS = {("worker", "blueprint"), ("recorder", "blueprint"), ("__main__", "cli"), ("cli", "console")}
+NEIGHBOURS = {("worker", "blueprint"), ("scheduled", "worker"), ("recorder", "blueprint"), ("__main__", "cli"), ("cli", "console")}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
