@@ -90,6 +90,11 @@ class Blueprint:
         """Of one sample as the stage hands it on, and as its head receives it."""
         return self.shapes[self.ranges[stage].stop - 1]
 
+    def shapes_of(self, stage: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of one sample as the stage receives it, and as it leaves end to end: logits behind the last head."""
+        last = stage == self.num_stages - 1
+        return self.input_shape(stage), (self.spec.num_classes,) if last else self.output_shape(stage)
+
     def head(self, stage: int) -> torch.nn.Module:
         """A fresh auxiliary head, not initialised."""
         if not self.has_head(stage):
@@ -134,7 +139,9 @@ def draw_up(config: Config, spec: DataSpec) -> Blueprint:
         ConfigError: the cuts come from a plan of another network.
         DataError: the training split is too small for one step.
     """
-    network = zoo.build(config.model, spec.image_shape, spec.num_classes, config.objective.transport.impl)
+    # end to end, no block shall compute a mean square that nobody reads
+    impl = "autograd" if config.train.order == "end_to_end" else config.objective.transport.impl
+    network = zoo.build(config.model, spec.image_shape, spec.num_classes, impl)
     if config.plan is not None:
         read_plan(Path(config.plan)).require_fit(network.name, tuple(block.name for block in network.blocks))
     counts = zoo.num_parameters(network)

@@ -50,9 +50,7 @@ def run_scheduled(
     group, stages = links.pipeline(place)
     sink({"kind": "linked", **who})
     spans = build_trace(blueprint, place, links.clock_offset_s)
-    last = place.stage == blueprint.num_stages - 1
-    output_shape = (blueprint.spec.num_classes,) if last else blueprint.output_shape(place.stage)
-    shapes = blueprint.input_shape(place.stage), output_shape
+    shapes = blueprint.shapes_of(place.stage)
     trainee = Scheduled(Chain(stage), blueprint.num_stages, shapes, config.train, group, Worked(pulse, spans))
     loader = Loader(
         job.dataset(), blueprint.itinerary, config.data, config.seed, job.first_step, Agreed(job.stop, stages),

@@ -56,9 +56,7 @@ def default_group(store: Store, rank: int, size: int, timeout_s: float) -> Proce
 
     Gloo takes the address that this machine's name stands for, or that of $GLOO_SOCKET_IFNAME.
     """
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
     return cast(ProcessGroup, dist.group.WORLD)
 
 

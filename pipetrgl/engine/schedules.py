@@ -105,19 +105,19 @@ class WatchedStage(PipelineStage):
         return sends
 
 
-def schedule(kind: str, stages: WatchedStage | list[WatchedStage], num_micro_batches: int, loss: OneLoss) -> Any:
-    """One of `KINDS` over this worker's stages; the loss weighs the micro-batches itself.
+def schedule(kind: str, stages: list[WatchedStage], num_micro_batches: int, loss: OneLoss) -> Any:
+    """One of `KINDS` over this worker's stages, one or two; the loss weighs the micro-batches itself.
 
     Raises:
         ValueError: torch's, of a number of micro-batches that the schedule does not take.
     """
 
     def watched(logits: Tensor, target: Tensor) -> Tensor:
-        last = stages[-1] if isinstance(stages, list) else stages
-        with last.watch.span("forward"):
+        with stages[-1].watch.span("forward"):
             return loss(logits, target)
 
-    return KINDS[kind](stages, n_microbatches=num_micro_batches, loss_fn=watched, scale_grads=False)
+    mine = stages if len(stages) > 1 else stages[0]
+    return KINDS[kind](mine, n_microbatches=num_micro_batches, loss_fn=watched, scale_grads=False)
 
 
 @final
@@ -176,7 +176,7 @@ class Scheduled:
         self._loss = OneLoss(chain.stage)
         self._part = WatchedStage(chain, self.index, num_stages, shapes, train.batch // train.accumulate, group)
         self._part.watch = watch
-        self._schedule = schedule(train.schedule, self._part, train.accumulate, self._loss)
+        self._schedule = schedule(train.schedule, [self._part], train.accumulate, self._loss)
         self._passed_bytes = 0
 
     @property

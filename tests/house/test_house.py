@@ -43,7 +43,13 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms on one floor do not see each other, but these single files stand on one another.
-NEIGHBOURS = {("worker", "blueprint"), ("scheduled", "worker"), ("recorder", "blueprint"), ("__main__", "cli"), ("cli", "console")}
+NEIGHBOURS = {
+    ("worker", "blueprint"),
+    ("scheduled", "worker"),
+    ("recorder", "blueprint"),
+    ("__main__", "cli"),
+    ("cli", "console"),
+}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
