@@ -266,6 +266,8 @@ def log_line(row: Row, num_stages: int, num_replicas: int = 1) -> str:
     wait = "-" if row["wait_share"] is None else f"{100 * row['wait_share']:.0f} %"
     if row["local_loss"] is None:
         means = "every update skipped" if row["skipped_updates"] > 0 else "no loss of its own"
+    elif row["transport_cost"] is None:
+        means = f"local {row['local_loss']:.3f} | head acc {100 * row['accuracy']:.1f} %"
     else:
         more = row["local_loss"] - row["task_loss"]
         term = "transport" if row["weight"] > 0 or more == 0 else "criterion"  # a rival's: may be below 0

@@ -25,8 +25,8 @@ class Score:
     loss: float
 
 
-def score(run: Path, step: int, split: str = "test") -> list[Score]:
-    """Score all heads of the checkpoint that a run saved after `step` optimizer steps.
+def score(run: Path, step: int, split: str = "test") -> list[Score | None]:
+    """Score all heads of the checkpoint that a run saved after `step` optimizer steps; None for a stage without head.
 
     Args:
         split: "test", or "valid" to compare with what the run itself has recorded.
@@ -42,7 +42,8 @@ def score(run: Path, step: int, split: str = "test") -> list[Score]:
             found[row["stage"]] = Score(row["accuracy"], row["task_loss"])
 
     serial.launch(job, keep, Budget(0))
-    return [found[stage] for stage in range(job.blueprint.num_stages)]
+    blueprint = job.blueprint
+    return [found[stage] if blueprint.has_head(stage) else None for stage in range(blueprint.num_stages)]
 
 
 def _evaluating_only(config: Config, step: int, split: str) -> Config:

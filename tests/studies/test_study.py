@@ -78,7 +78,7 @@ def outcome(
         }
         for k, (v, t) in enumerate(zip(valid, test, strict=True))
     ]
-    trial = Trial(Arm(case, variant, candidate, Config()), seed, Config(), Path(), len(valid))
+    trial = Trial(Arm(case, variant, candidate, Config()), seed, Config(), Path(), len(valid), len(valid))
     return Outcome(trial, None, Path("r"), 10, 1, head, tuple(stages), {"config_hash": "h"})
 
 
@@ -345,7 +345,7 @@ def test_the_candidate_is_chosen_by_the_mean_over_seeds_and_one_that_diverges_is
         *(outcome("a", seed, [valid], [0.0], candidate="x") for seed, valid in enumerate((0.9, 0.5))),
         *(outcome("a", seed, [valid], [0.0], candidate="y") for seed, valid in enumerate((0.8, 0.7))),
         outcome("a", 0, [1.0], [0.0], candidate="z"),
-        Outcome(Trial(Arm("", "a", "z", Config()), 1, Config(), Path(), 1), "a loss is NaN"),
+        Outcome(Trial(Arm("", "a", "z", Config()), 1, Config(), Path(), 1, 1), "a loss is NaN"),
     ]
     assert choose(outcomes) == {"a": "y"}  # 0.75 against 0.70
 
