@@ -88,6 +88,9 @@ def test_a_rule_reports_every_fault_of_its_section() -> None:
         ({"epochs_growth": 0}, ["epochs_growth"]),
         ({"laps": 1, "epochs_growth": 2, "order": "parallel"}, ["epochs_growth", "laps"]),
         ({"laps": 3, "epochs_growth": 2, "order": "sequential"}, ["laps"]),
+        ({"schedule": "gpipe", "epochs_growth": 2, "order": "sequential"}, ["schedule"]),
+        ({"epochs_growth": 2, "order": "end_to_end"}, ["epochs_growth"]),
+        ({"schedule": "gpipe", "order": "end_to_end"}, []),
         ({"laps": 3, "epochs_growth": 2, "order": "multi_lap"}, []),
     ],
 )
@@ -101,8 +104,9 @@ def test_options_of_an_order_are_refused_in_another(train: dict[str, Any], fault
 
 
 def test_a_dump_of_every_order_loads_again() -> None:
-    for order in ("parallel", "sequential", "multi_lap"):
-        config = Config.model_validate({"train": {"order": order}})
+    for order in ("parallel", "sequential", "multi_lap", "end_to_end"):
+        train = {"order": order, "accumulate": 4, "drop_last": True}
+        config = Config.model_validate({"train": train, "objective": {"name": "vangl"}})
         assert Config.model_validate(yaml.safe_load(dump(config))) == config
 
 

@@ -114,6 +114,17 @@ def test_one_study_end_to_end_through_the_command_line(tmp_path: Path) -> None:
         assert "test" not in {json.loads(line)["kind"] for line in metrics.read_text().splitlines()}
 
 
+def test_end_to_end_is_a_variant_whose_only_head_is_the_last(tmp_path: Path) -> None:
+    variants = "  whole: {objective.name: vangl, train.order: end_to_end}\n  one: {objective.name: vangl, pipeline.stages: 1}\n"
+    study = study_of(tmp_path, f"seeds: 2\nvariants:\n{variants}")
+    outcomes, chosen, *_ = run_study(study, tmp_path / "out", quiet, threading.Event())
+    whole, one = summaries = summarise(study, outcomes, chosen)
+    assert len(whole.test_by_stage) == len(one.test_by_stage) == 1
+    # two stages that share one loss are one stage, bit for bit
+    assert {answer.verdict for answer in compare(study, summaries)} == {"equal with every seed"}
+    write_answer(study, outcomes, chosen, tmp_path / "out")
+
+
 def test_variants_share_start_weights_and_order_with_one_seed_only(tmp_path: Path) -> None:
     more = "  deep: {pipeline.stages: 1, optim.lr: 0.1}\n"
     trials = plan_trials(study_of(tmp_path, TWO + more), tmp_path / "out")
