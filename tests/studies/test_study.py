@@ -115,10 +115,11 @@ def test_one_study_end_to_end_through_the_command_line(tmp_path: Path) -> None:
 
 
 def test_end_to_end_is_a_variant_whose_only_head_is_the_last(tmp_path: Path) -> None:
-    variants = "  whole: {objective.name: vangl, train.order: end_to_end}\n  one: {objective.name: vangl, pipeline.stages: 1}\n"
+    variants = "  whole: {train.order: end_to_end, objective.name: vangl, launcher.name: serial}\n"
+    variants += "  one: {pipeline.stages: 1, objective.name: vangl}\n"
     study = study_of(tmp_path, f"seeds: 2\nvariants:\n{variants}")
-    outcomes, chosen, *_ = run_study(study, tmp_path / "out", quiet, threading.Event())
-    whole, one = summaries = summarise(study, outcomes, chosen)
+    outcomes, chosen = run_study(study, tmp_path / "out", quiet, threading.Event())
+    summaries = whole, one = summarise(study, outcomes, chosen)
     assert len(whole.test_by_stage) == len(one.test_by_stage) == 1
     # two stages that share one loss are one stage, bit for bit
     assert {answer.verdict for answer in compare(study, summaries)} == {"equal with every seed"}
