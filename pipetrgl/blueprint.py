@@ -64,8 +64,18 @@ class Blueprint:
 
     @cached_property
     def itinerary(self) -> Itinerary:
-        config = self.config
-        return Itinerary(config.train, config.evaluate, self.spec, self.num_stages, config.pipeline.least_rows)
+        config, train = self.config, self.config.train
+        if self.end_to_end:  # whole steps travel, and are divided where they are computed
+            train = train.model_copy(update={"accumulate": 1})
+        return Itinerary(train, config.evaluate, self.spec, self.num_stages, config.pipeline.least_rows)
+
+    @property
+    def end_to_end(self) -> bool:
+        """Whether gradients go through all stages, and only the last one has a head."""
+        return self.config.train.order == "end_to_end"
+
+    def has_head(self, stage: int) -> bool:
+        return not self.end_to_end or stage == self.num_stages - 1
 
     @cached_property
     def taus(self) -> tuple[float, ...]:
@@ -100,8 +110,19 @@ class Blueprint:
             return torch.randint(self.network.num_classes, shape, generator=generator)
         return torch.randn(shape, generator=generator)
 
+    def input_dtype(self, stage: int) -> torch.dtype:
+        """Of what the stage receives."""
+        return self.network.input_dtype if stage == 0 else torch.float32
+
+    def shapes_of(self, stage: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of one sample as the stage receives it, and as it leaves end to end: logits behind the last head."""
+        last = stage == self.num_stages - 1
+        return self.input_shape(stage), self.logits_shape if last else self.output_shape(stage)
+
     def head(self, stage: int) -> torch.nn.Module:
         """A fresh auxiliary head, not initialised."""
+        if not self.has_head(stage):
+            return heads.NoHead()
         config = self.config.model.head
         return heads.build(config.name, config.pool, self.output_shape(stage), self.spec.num_classes)
 
@@ -129,9 +150,9 @@ class Blueprint:
     def updates(self, num_taken: int) -> dict[str, int]:
         """Each stage's own number of updates after the run's first `num_taken` steps, by the name of its first block.
 
-        Empty where all stages learn at the same time: all of them are `num_taken`, and the cuts need not be told.
+        Empty where all stages learn in every step: all of them are `num_taken`, and the cuts need not be told.
         """
-        if self.config.train.together:
+        if not self.config.train.one_by_one:
             return {}
         own = self.itinerary.sweep.num_updates
         return {self.blocks(stage)[0].name: own(stage, num_taken) for stage in range(self.num_stages)}
@@ -164,7 +185,9 @@ def draw_up(config: Config, spec: DataSpec) -> Blueprint:
         ConfigError: the cuts come from a plan of another network.
         DataError: the training split is too small for one step.
     """
-    network = zoo.build(config.model, spec.sample_shape, spec.num_classes, config.objective.transport.impl)
+    # end to end, no block shall compute a mean square that nobody reads
+    impl = "autograd" if config.train.order == "end_to_end" else config.objective.transport.impl
+    network = zoo.build(config.model, spec.sample_shape, spec.num_classes, impl)
     if config.plan is not None:
         read_plan(Path(config.plan)).require_fit(network.name, tuple(block.name for block in network.blocks))
     counts = zoo.num_parameters(network)
@@ -172,7 +195,7 @@ def draw_up(config: Config, spec: DataSpec) -> Blueprint:
     blueprint = Blueprint(config, spec, network, ranges, zoo.output_shapes(network), counts)
     for stage in range(blueprint.num_stages):
         blueprint.stage_parameters(stage)
-    if config.objective.transport.kind == "stage":
+    if config.objective.transport.kind == "stage" and not blueprint.end_to_end:
         _require_equal_shapes(blueprint)
     _require_stable(blueprint)
     assert blueprint.itinerary.total_steps > 0

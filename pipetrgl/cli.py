@@ -186,7 +186,8 @@ def evaluate(
     checkpoint = checkpoint_of(run, step)
     print(f"{run}, step {checkpoint.step}, {split} split")
     for stage, score in enumerate(score_heads(run, checkpoint.step, split)):
-        print(f"stage {stage}: accuracy {100 * score.accuracy:.2f} %, cross-entropy {score.loss:.4f}")
+        answer = f"accuracy {100 * score.accuracy:.2f} %, cross-entropy {score.loss:.4f}" if score else "no head"
+        print(f"stage {stage}: {answer}")
 
 
 @app.command()
@@ -219,7 +220,7 @@ def outline(blueprint: Blueprint) -> str:
             f"stage {stage}: {names[0]} .. {names[-1]} | {blueprint.input_shape(stage)}{image} -> "
             f"{blueprint.output_shape(stage)} | {blocks:,} parameters, head {head:,} | tau {blueprint.taus[stage]:g}"
         )
-    if not blueprint.config.train.together:
+    if blueprint.config.train.one_by_one:
         lines += [
             f"lap {phase.lap}, stage {phase.learners[0]} learns: {phase.epochs} epochs, "
             f"steps {phase.steps[0] + 1:,} to {phase.steps.stop:,}"

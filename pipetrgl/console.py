@@ -88,7 +88,7 @@ class Progress:
         """
         assert self._blueprint is not None
         total, epochs = self._blueprint.itinerary.total_steps, self._blueprint.itinerary.sweep.num_epochs
-        learner = "" if self._blueprint.config.train.together else f" stage {rows[0]['stage']}"
+        learner = f" stage {rows[0]['stage']}" if self._blueprint.config.train.one_by_one else ""
         accuracy = " ".join("-" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}" for row in rows)
         if kind != "train":
             return f"{kind:<5} after step {rows[0]['step']}/{total} | head acc {accuracy} %"
@@ -103,7 +103,7 @@ class Progress:
     def _table(self) -> Table:
         assert self._blueprint is not None
         steps = [rows.get("train", {}).get("step", 0) for rows in self._latest]
-        reached = (min if self._blueprint.config.train.together else max)(steps)
+        reached = (max if self._blueprint.config.train.one_by_one else min)(steps)
         total = self._blueprint.itinerary.total_steps
         table = Table(
             title=f"step {reached} of {total}", title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True

@@ -147,9 +147,11 @@ class StageObjective:
         config: the objective section.
         tau: this stage's own; infinity is plain greedy learning, bit for bit.
         device: of the multiplier.
+        measures: False: no block's transport cost is measured.
     """
 
-    def __init__(self, config: ObjectiveConfig, tau: float, device: torch.device) -> None:
+    def __init__(self, config: ObjectiveConfig, tau: float, device: torch.device, measures: bool = True) -> None:
+        self.measures = measures
         self.label_smoothing = config.label_smoothing
         self.kind = config.transport.kind
         self.norm = config.transport.norm
@@ -167,7 +169,7 @@ class StageObjective:
     def measure(self, x: Tensor, output: BlockOutput) -> Tensor | None:
         """The transport cost of one block, with graph only if it is part of the loss; None if it has none."""
         residuals = output.residuals
-        if self.kind == "stage":
+        if self.kind == "stage" or not self.measures:
             return None
         if self.kind == "displacement":
             residuals = displacement(x, output.activation) if output.residuals else ()
@@ -178,7 +180,7 @@ class StageObjective:
 
     def measure_stage(self, z: Tensor, output: Tensor) -> Tensor | None:
         """||T_k(z) - z||^2 of the whole stage for `kind: stage`; None otherwise."""
-        if self.kind != "stage":
+        if self.kind != "stage" or not self.measures:
             return None
         with torch.set_grad_enabled(self.regularised and torch.is_grad_enabled()):
             return transport_cost(displacement(z, output), self.norm)

@@ -129,9 +129,11 @@ class Recorder:
     def _result(self, status: str, launcher: str, environment: dict[str, Any], error: str | None) -> Row:
         stages = [self._stage(index) for index in range(self._blueprint.num_stages)]
         valid = [stage["valid_accuracy"] for stage in stages]
+        headed = [k for k in range(len(stages)) if self._blueprint.has_head(k)]
+        scored = all(valid[k] is not None for k in headed)
         rates = [stage["images_per_s"] for stage in stages if stage["images_per_s"] is not None]
         times = [stage["train_s"] for stage in stages if stage["train_s"] is not None]
-        together = self._blueprint.config.train.together
+        together = not self._blueprint.config.train.one_by_one
         return {
             "schema": 1,
             "command": "train",
@@ -157,7 +159,7 @@ class Recorder:
             "images_per_s": min(rates, default=None),
             "stages": stages,
             # chosen on the validation split; the test split is only reported
-            "best_head": max(range(len(valid)), key=lambda k: (valid[k], k)) if None not in valid else None,
+            "best_head": max(headed, key=lambda k: (valid[k], k)) if scored else None,
             "last_head": len(stages) - 1,
             "environment": environment,
             "error": error,

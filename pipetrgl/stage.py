@@ -120,10 +120,9 @@ class Stage:
         z = _moved(micro_batch.activation, self.device)
         micro_batch = micro_batch.carrying(z)
         with torch.set_grad_enabled(train):
-            activation, names, costs = self._activate(micro_batch, train)
-            with self._precision.computing():
-                logits = self.head(activation)
-            activation, logits = activation.float(), logits.float()  # what leaves, and every loss, whatever computed it
+            activation, names, costs = self.run_blocks(micro_batch, train)
+            logits = self.answer(activation)
+            activation = activation.float()  # what leaves, and every loss, whatever computed it
             target = micro_batch.target.to(self.device, non_blocking=True)
             if train and micro_batch.whole.start == 0 and self.objective.adapts and not micro_batch.reused:
                 self._observe(logits, target, len(micro_batch.whole))
@@ -132,6 +131,23 @@ class Stage:
                 source = z if micro_batch.image is None else _moved(micro_batch.image, self.device)
                 loss = replace(loss, total=self.criterion(source, activation, target, loss.total))
         return StageOutput(activation, logits, loss, names)
+
+    def run_blocks(self, micro_batch: MicroBatch, train: bool) -> tuple[Tensor, tuple[str, ...], list[Tensor]]:
+        """The activation of the last block, and the transport cost of each block that has one with its name."""
+        names: list[str] = []
+        costs: list[Tensor] = []
+        for name, activation, cost in self.walk(micro_batch, train):
+            x = activation
+            if cost is not None:
+                names.append(name)
+                costs.append(cost)
+        return x, tuple(names), costs
+
+    def answer(self, activation: Tensor) -> Tensor:
+        """The head's logits, float32."""
+        with self._precision.computing():
+            logits: Tensor = self.head(activation)
+        return logits.float()
 
     def backward(self, output: StageOutput, micro_batch: MicroBatch) -> None:
         """Add the local loss's gradient, weighted by this micro-batch's share of the step's rows."""
@@ -284,16 +300,6 @@ class Stage:
         if self.replicas.num_replicas > 1:
             loss = add_up(self.replicas, loss * (len(target) / num_rows))
         self.objective.weight.observe(loss, self.num_updates)
-
-    def _activate(self, micro_batch: MicroBatch, train: bool) -> tuple[Tensor, tuple[str, ...], list[Tensor]]:
-        names: list[str] = []
-        costs: list[Tensor] = []
-        for name, activation, cost in self.walk(micro_batch, train):
-            x = activation
-            if cost is not None:
-                names.append(name)
-                costs.append(cost)
-        return x, tuple(names), costs
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

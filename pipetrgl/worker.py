@@ -27,6 +27,7 @@ from pipetrgl.engine import loop
 from pipetrgl.engine.cache import CACHES
 from pipetrgl.engine.checkpoint import Checkpoint
 from pipetrgl.engine.emulated import Device, EmulatedStage, Times
+from pipetrgl.engine.end_to_end import EndToEnd
 from pipetrgl.engine.evaluate import Evaluation
 from pipetrgl.engine.faults import rehearse
 from pipetrgl.engine.geometry import Geometry
@@ -122,8 +123,7 @@ def run_worker(
     try:
         outbox = links.outbox(place)
         sink({"kind": "linked", **_who(place)})
-        trace = blueprint.config.trace
-        spans = Trace(trace.first_step, trace.num_steps, place.rank, _title(blueprint, place), links.clock_offset_s)
+        spans = build_trace(blueprint, place, links.clock_offset_s)
         hooks = build_hooks(job, stage, inbox, outbox, sink if place.replica == 0 else _for_all(sink))
         hooks = [*hooks, TraceHook(spans, place.stage, sink), Listen(alarm)]
         plan = build_plan(job)
@@ -179,7 +179,7 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device, replicas
             calls=kernels.calls(config.train, blocks, device),
             head=head,
             criterion=criterion,
-            objective=StageObjective(config.objective, blueprint.taus[index], device),
+            objective=StageObjective(config.objective, blueprint.taus[index], device, not blueprint.end_to_end),
             precision=precision.build(config.train, device, index),
             optimizer=optim.build(config.optim, named),
             learning_rate=functools.partial(_learning_rate, blueprint, itinerary.steps_per_epoch, own_steps),
@@ -195,6 +195,8 @@ def build_stage(blueprint: Blueprint, index: int, device: torch.device, replicas
 def build_trainee(job: Job, stage: Stage) -> loop.Trainee:
     """The stage as the loop trains it: watched for non-finite values, rehearsing faults, recalling its input."""
     blueprint, config = job.blueprint, job.blueprint.config
+    if blueprint.end_to_end:
+        return EndToEnd([stage], config.train)
     emulated = config.pipeline.device == "emulated"
     trainee = _emulated(blueprint, stage) if emulated else watch(stage, config.train.on_nonfinite)
     trainee = rehearse(trainee, config.launcher.faults, job.run)
@@ -239,6 +241,12 @@ def with_images(blueprint: Blueprint, stage: int, outbox: Outbox, device: torch.
     return ImageOutbox(outbox, device, wanted=blueprint.image_shape(stage + 1) is not None)
 
 
+def build_trace(blueprint: Blueprint, place: Place, clock_offset_s: float) -> Trace:
+    """Of one worker, in the config's window of steps."""
+    config = blueprint.config.trace
+    return Trace(config.first_step, config.num_steps, place.rank, _title(blueprint, place), clock_offset_s)
+
+
 def _share_out(modules: Sequence[torch.nn.Module], replicas: ReplicaGroup, config: Config) -> GradientSum:
     """Prepare a stage's modules for a replica group: its BatchNorm layers, and what adds its gradients up."""
     if replicas.num_replicas == 1:
@@ -269,8 +277,8 @@ def build_hooks(job: Job, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink
     config = job.blueprint.config
     momentum = config.optim.momentum
     guarded = config.optim.name == "sgd" and stage.replicas.replica == 0  # one warning for all
-    learns = config.pipeline.device != "emulated"
-    metrics = TrainMetrics(stage, inbox, outbox, sink, config.metrics.every, learns)
+    learns, scored = config.pipeline.device != "emulated", job.blueprint.has_head(stage.index)
+    metrics = TrainMetrics(stage, inbox, outbox, sink, config.metrics.every, learns and scored)
     if job.checkpoint is not None:
         job.checkpoint.load_into(stage, metrics)
         stage.num_updates = job.blueprint.itinerary.sweep.num_updates(stage.index, job.first_step)
@@ -279,13 +287,14 @@ def build_hooks(job: Job, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink
     if not learns:
         schedule = SaveSchedule(every=0, final=False, total_steps=0)  # never, also when the run is stopped
     # before the metrics, which leave out what passes until they see an evaluation's micro-batch
-    looks = [Geometry(stage, sink)] if learns and stage.replicas.replica == 0 else []
+    moved_alone = learns and not job.blueprint.end_to_end  # else a stage's input is not in the loop
+    looks = [Geometry(stage, sink)] if moved_alone and stage.replicas.replica == 0 else []
     saves = SaveCheckpoints(stage, metrics, outbox, job.run, sink, schedule, job.first_step)
     hooks: list[loop.Hook] = [
         *([StabilityGuard(stage, optim.peak_rate(config.optim), momentum)] if guarded else []),
         *looks,
         metrics,
-        Evaluation(stage, sink, config.train.on_nonfinite, learns),
+        *([Evaluation(stage, sink, config.train.on_nonfinite, learns)] if scored else []),
         saves,  # after the metrics, whose sums it saves
     ]
     return [FreshHook(hook) for hook in hooks] if config.train.order == "replay" else hooks

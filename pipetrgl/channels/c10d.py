@@ -1,7 +1,7 @@
 """The pieces of torch.distributed that links stand on: stores, and process groups of two workers.
 
-A group is made directly over a store, never through `init_process_group`: there is no world-wide group that one dead
-worker could take down.
+A group is made directly over a store, not through `init_process_group`: there is no world-wide group that one dead
+worker could take down. Only torch's pipeline schedules, where one dead worker ends them all anyway, need that group.
 """
 
 from __future__ import annotations
@@ -49,6 +49,15 @@ def gloo_group(store: Store, rank: int, size: int, address: str, timeout_s: floa
     options._devices = [gloo.create_device(hostname=address)]
     options._timeout = timedelta(seconds=timeout_s)
     return cast(ProcessGroup, gloo(store, rank, size, options))
+
+
+def default_group(store: Store, rank: int, size: int, timeout_s: float) -> ProcessGroup:
+    """Torch's default group, gloo; blocks until all have come. `timeout_s` is for each message.
+
+    Gloo takes the address that this machine's name stands for, or that of $GLOO_SOCKET_IFNAME.
+    """
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    return cast(ProcessGroup, dist.group.WORLD)
 
 
 def nccl_pair(store: Store, side: int, device: torch.device) -> ProcessGroup:

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from typing import final
 
 import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from pipetrgl.channels.board import Board
 from pipetrgl.channels.c10d import RECEIVER, SENDER
 from pipetrgl.channels.inbox import LinkInbox
 from pipetrgl.channels.link import Irreplaceable, LinkTerms, Neighbour
 from pipetrgl.channels.outbox import LinkOutbox
-from pipetrgl.channels.peer import Peer, Site, open_group
+from pipetrgl.channels.peer import Peer, Site, open_default_group, open_group
 from pipetrgl.channels.replay import ReplayLog
 from pipetrgl.channels.replicas import LinkGroup
 from pipetrgl.channels.wire import TensorSpec
@@ -34,6 +36,7 @@ class Connector:
         self._peers: list[Peer] = []
         self._inboxes: list[LinkInbox] = []
         self._outboxes: list[tuple[int, LinkOutbox]] = []
+        self._default: ProcessGroup | None = None
 
     @property
     def clock_offset_s(self) -> float:
@@ -51,6 +54,11 @@ class Connector:
         """
         group, device_group = open_group(self._site, ranks, replica, device, name)
         return LinkGroup(group, device_group, replica, len(ranks), self._site.alarm, timeout_s, name)
+
+    def everyone(self, rank: int, size: int, timeout_s: float) -> ProcessGroup:
+        """Torch's default group of all workers, `timeout_s` for each message; raises as `inbox`."""
+        self._default = open_default_group(self._site, rank, size, timeout_s)
+        return self._default
 
     def inbox(
         self,
@@ -102,6 +110,8 @@ class Connector:
             outbox.let_go()
         for inbox in self._inboxes:
             inbox.close()
+        if self._default is not None:
+            dist.destroy_process_group(self._default)
 
     def _peer(self, rank: int, side: int, terms: LinkTerms, device: torch.device) -> Peer:
         peer = Peer(self._site, rank, side, terms, device)

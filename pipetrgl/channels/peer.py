@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from pipetrgl.channels.c10d import (
     SENDER,
     PrefixStore,
     Store,
+    default_group,
     gloo_group,
     gloo_pair,
     nccl_group,
@@ -268,6 +269,17 @@ def open_group(
         return group, None
     nccl = PrefixStore("nccl", store)
     return group, _finished(site, lambda: nccl_group(nccl, replica, size, device), what)
+
+
+def open_default_group(site: Site, rank: int, size: int, timeout_s: float) -> ProcessGroup:
+    """Torch's default group of all workers, which its pipeline schedules need; raises as `open_group`.
+
+    Args:
+        timeout_s: the longest wait for one message.
+    """
+    store = PrefixStore("everyone", site.board.store.clone())
+    what = "all workers to open the group that they share"
+    return cast(ProcessGroup, _finished(site, lambda: default_group(store, rank, size, timeout_s), what))
 
 
 def _finished(site: Site, blocking: Callable[[], Any], what: str, look: Callable[[], None] = lambda: None) -> Any:

@@ -246,6 +246,8 @@ def config_hash(config: Config) -> str:
     # a data set may be mounted elsewhere on another machine
     del content["data"]["root"], content["data"]["prefetch"]
     content["channel"] = {"codec": config.channel.codec}
+    if config.train.order != "end_to_end":
+        del content["train"]["schedule"]
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 

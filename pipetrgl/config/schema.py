@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pipetrgl.config import end_to_end
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -284,10 +286,14 @@ class ReplayConfig(Section):
 class TrainConfig(Section):
     """How long, and in what portions."""
 
-    order: Literal["parallel", "sequential", "multi_lap", "replay"] = "parallel"
+    order: Literal["parallel", "sequential", "multi_lap", "replay", "end_to_end"] = "parallel"
     """parallel: all stages learn at the same time; sequential: one after another, on the frozen ones before it;
     multi_lap: the whole sequential sweep several times; replay: parallel, but a stage that would wait learns from past
-    activations once more, so the weights depend on the workers' speeds."""
+    activations once more, so the weights depend on the workers' speeds; end_to_end: one loss, at the last head, whose
+    gradient goes through all stages."""
+    schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    """end_to_end over workers: torch's pipeline schedule, whose micro-batches are those of `accumulate`; gpipe runs all
+    forward passes first, 1f1b keeps at most one micro-batch a stage behind it."""
     epochs: Positive = 8
     """Passes over the training split; of stage 0 in each lap if the order is not parallel."""
     epochs_growth: NonNegative = 0
@@ -335,11 +341,11 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _only_where_used(self) -> TrainConfig:
         faults = []
-        if "epochs_growth" in self.model_fields_set and self.together:
+        if "epochs_growth" in self.model_fields_set and not self.one_by_one:
             faults.append("epochs_growth: only used with train.order: sequential or multi_lap")
         if "laps" in self.model_fields_set and self.order != "multi_lap":
             faults.append("laps: only used with train.order: multi_lap")
-        if self.cache != "none" and self.together:
+        if self.cache != "none" and not self.one_by_one:
             faults.append("cache: only used with train.order: sequential or multi_lap; else no stage is ever frozen")
         elif self.cache != "none" and self.epochs == 1 and self.epochs_growth == 0:
             faults.append("cache: every stage learns for one epoch at a time, so nothing is ever recalled")
@@ -349,13 +355,15 @@ class TrainConfig(Section):
             ]
         elif self.accumulate > 1:
             faults.append("accumulate: train.order: replay makes an optimizer step of each micro-batch; use 1")
+        if "schedule" in self.model_fields_set and self.order != "end_to_end":
+            faults.append("schedule: only used with train.order: end_to_end")
         _raise(faults)
         return self
 
     @property
-    def together(self) -> bool:
-        """Whether all stages learn at the same time."""
-        return self.order in ("parallel", "replay")
+    def one_by_one(self) -> bool:
+        """Whether stages learn one after another; in the other orders all learn in every step."""
+        return self.order in ("sequential", "multi_lap")
 
 
 class EvaluateConfig(Section):
@@ -704,6 +712,12 @@ class Config(Section):
                     "channel.capacity: train.order: replay needs 2, or nothing could arrive while a stage learns"
                 )
         _raise(faults)
+        return self
+
+    @model_validator(mode="after")
+    def _end_to_end_has_one_loss(self) -> Config:
+        if self.train.order == "end_to_end":
+            _raise(end_to_end.faults(self))
         return self
 
     @model_validator(mode="after")

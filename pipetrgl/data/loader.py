@@ -65,6 +65,7 @@ class Loader:
         share: of the rows of a micro-batch, those that this replica of stage 0 reads.
         seen: what the learning stage recalls by itself; no image of it is read.
         images_ride: whether training micro-batches keep their image for the later stages.
+        images: False where only the targets are wanted: images of no pixel.
 
     Attributes:
         waited_s: time in which the stage waited for a micro-batch.
@@ -81,6 +82,7 @@ class Loader:
         share: Callable[[range], range] | None = None,
         seen: Seen | None = None,
         images_ride: bool = False,
+        images: bool = True,
     ) -> None:
         self.waited_s = 0.0
         self._ends = ends or threading.Event()
@@ -93,6 +95,7 @@ class Loader:
         self._config = config
         self._seed = seed
         self._images_ride = images_ride
+        self._images = images
         stops = itinerary.stops(first_step)
         self._stops = stops if share is None else (stop.share(share) for stop in stops)
         self._queue: queue.Queue[_Prepared | _End] = queue.Queue(config.prefetch)
@@ -182,6 +185,8 @@ class Loader:
         positions = epoch.order[stop.first_row : stop.end_row].copy()
         if self._seen.all(stop.step, positions):
             return _Prepared(stop, None, _labels(self._dataset.train, positions), positions)
+        if not self._images:
+            return _Prepared(stop, _no_images(stop), _labels(self._dataset.train, positions), positions)
         images = self._dataset.train.read(positions)
         if self._config.crop_padding or self._config.flip:
             images = crop_and_flip(images, epoch.draws.at(positions), self._config.crop_padding)
@@ -190,6 +195,8 @@ class Loader:
     def _evaluation(self, stop: Stop) -> _Prepared:
         samples = self._dataset.valid if stop.split is Split.VALID else self._dataset.test
         positions = np.arange(stop.first_row, stop.end_row, dtype=np.int64)
+        if not self._images:
+            return _Prepared(stop, _no_images(stop), _labels(samples, positions), positions)
         return self._prepared(stop, samples.read(positions), samples, positions)
 
     def _prepared(self, stop: Stop, read: Images, samples: Rows, positions: Indices) -> _Prepared:
@@ -202,6 +209,10 @@ def _labels(samples: Rows, positions: Indices) -> Indices:
 
 def _tokens(rows: Bytes) -> Indices:
     return rows.astype(np.int64)
+
+
+def _no_images(stop: Stop) -> NDArray[np.float32]:
+    return np.empty((stop.num_rows, 0), dtype=np.float32)
 
 
 def _micro_batch(item: _Prepared) -> MicroBatch:

@@ -22,7 +22,8 @@ class Phase:
     Attributes:
         lap: of the whole sweep, from 0.
         learners: the stages that learn; those before them hand on, those behind them are idle.
-        reached: the stages that an evaluation reaches; those behind them have never learned.
+        reached: the stages whose heads an evaluation scores; those behind them have never learned, and in the
+            end-to-end order those before the last have no head.
         steps: optimizer steps of the run, from 0.
         epochs: passes over the training split; `train.max_steps` may end the last phase within them.
     """
@@ -46,8 +47,9 @@ class Sweep:
 
     def __init__(self, train: TrainConfig, num_stages: int, steps_per_epoch: int) -> None:
         everyone, plans = range(num_stages), []
-        if train.together:
-            plans.append((0, everyone, everyone, train.epochs))
+        if not train.one_by_one:
+            headed = everyone[-1:] if train.order == "end_to_end" else everyone
+            plans.append((0, everyone, headed, train.epochs))
         else:
             for lap in range(train.laps):
                 for stage in everyone:

@@ -53,7 +53,7 @@ class TrainMetrics:
         inbox, outbox: whose waits are reported.
         sink: takes the rows.
         every: optimizer steps between rows; the last row of a phase may cover fewer.
-        learns: False for an emulated stage, of which there are times but no means.
+        learns: False for a stage that has no loss of its own, as an emulated one: there are times but no means.
     """
 
     def __init__(self, stage: Stage, inbox: Inbox, outbox: Outbox, sink: Sink, every: int, learns: bool = True) -> None:
@@ -192,7 +192,7 @@ class TrainMetrics:
         return {
             "local_loss": local,
             "task_loss": task,
-            "transport_cost": transport,
+            "transport_cost": transport if self._stage.objective.measures else None,
             "transport_cost_by_block": dict(zip(self._cost_names, by_block, strict=True)),
             "accuracy": correct / self._targets_per_row,
         }
@@ -275,7 +275,9 @@ def log_line(row: Row, num_stages: int, num_replicas: int = 1) -> str:
     rate = "-" if row["images_per_s"] is None else f"{row['images_per_s']:.0f}"
     wait = "-" if row["wait_share"] is None else f"{100 * row['wait_share']:.0f} %"
     if row["local_loss"] is None:
-        means = "every update skipped" if row["skipped_updates"] > 0 else "learns nothing"
+        means = "every update skipped" if row["skipped_updates"] > 0 else "no loss of its own"
+    elif row["transport_cost"] is None:
+        means = f"local {row['local_loss']:.3f} | head acc {100 * row['accuracy']:.1f} %"
     else:
         more = row["local_loss"] - row["task_loss"]
         term = "transport" if row["weight"] > 0 or more == 0 else "criterion"  # a rival's: may be below 0

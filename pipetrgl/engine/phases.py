@@ -36,7 +36,7 @@ class Plan(Protocol):
 
 @final
 class Parallel:
-    """Every stage learns from every training micro-batch, all at the same time; in the replay order from some again."""
+    """Every stage learns from every training micro-batch: in the replay order from some again, or end to end."""
 
     def role(self, stage: int, micro_batch: MicroBatch) -> Role:
         return Role.TRAIN if micro_batch.split is Split.TRAIN else Role.PASS
@@ -94,4 +94,4 @@ class Recalling:
 
 def plan_of(order: str, sweep: Sweep) -> Plan:
     """The plan of `train.order`."""
-    return Parallel() if order in ("parallel", "replay") else OneByOne(sweep)
+    return OneByOne(sweep) if order in ("sequential", "multi_lap") else Parallel()

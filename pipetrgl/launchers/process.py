@@ -29,6 +29,7 @@ from pipetrgl.launchers.rows import BoardSink, ForwardLogs
 from pipetrgl.launchers.signals import await_release, share_stop, stop_on_signals
 from pipetrgl.launchers.store_links import StoreLinks, replaces_stages
 from pipetrgl.logs import log_to_stderr
+from pipetrgl.scheduled import run_scheduled
 from pipetrgl.worker import Job, run_worker
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ def run_process(job: Job, member: Membership) -> None:
         logger.info("%s is process %d on %s, from step %d", *where)
         links = StoreLinks(job, member, board, alarm)
         heartbeat.looks.append(links.look)
-        run_worker(job, member.place, links, sink, member.device, alarm, pulse)
+        scheduled = job.blueprint.end_to_end and job.blueprint.num_stages > 1
+        work = run_scheduled if scheduled else run_worker
+        work(job, member.place, links, sink, member.device, alarm, pulse)
         sink({"kind": "end", "stage": member.place.stage})
         if member.supervised:
             await_release(board, alarm)

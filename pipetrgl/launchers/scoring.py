@@ -38,8 +38,8 @@ class Exported:
     num_bytes: int
 
 
-def score(run: Path, step: int, split: str = "test") -> list[Score]:
-    """Score all heads of the checkpoint that a run saved after `step` optimizer steps.
+def score(run: Path, step: int, split: str = "test") -> list[Score | None]:
+    """Score all heads of the checkpoint that a run saved after `step` optimizer steps; None for a stage without head.
 
     Args:
         split: "test", or "valid" to compare with what the run itself has recorded.
@@ -55,7 +55,8 @@ def score(run: Path, step: int, split: str = "test") -> list[Score]:
             found[row["stage"]] = Score(row["accuracy"], row["task_loss"])
 
     serial.launch(job, keep, Budget(0))
-    return [found[stage] for stage in range(job.blueprint.num_stages)]
+    blueprint = job.blueprint
+    return [found[stage] if blueprint.has_head(stage) else None for stage in range(blueprint.num_stages)]
 
 
 def export_run(run: Path, step: int | None, head: str, path: Path) -> Exported:
@@ -70,6 +71,8 @@ def export_run(run: Path, step: int | None, head: str, path: Path) -> Exported:
     checkpoint, config = checkpoint_of(run, step), load(run / "config.yaml")
     blueprint = draw_up(config, describe(config))
     chosen = _head(run, head, blueprint.num_stages)
+    if not blueprint.has_head(chosen):
+        raise ConfigError(f"--head: stage {chosen} has none; end to end only the last stage does")
     try:
         num_bytes = export(blueprint, checkpoint, chosen, path)
     except OSError as error:

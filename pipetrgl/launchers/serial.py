@@ -12,6 +12,7 @@ import torch
 from pipetrgl.channels.codecs import CODECS, Codec, received
 from pipetrgl.channels.contracts import NullOutbox
 from pipetrgl.engine import loop
+from pipetrgl.engine.end_to_end import EndToEnd, one_stages_hooks
 from pipetrgl.engine.idle import NOTHING
 from pipetrgl.engine.metrics import Sink
 from pipetrgl.engine.phases import Plan, Role
@@ -31,7 +32,11 @@ def launch(job: Job, sink: Sink, budget: Budget) -> None:
     stages = [build_stage(blueprint, index, device) for index in range(blueprint.num_stages)]
     loader = build_loader(job)
     hooks = [build_hooks(job, stage, loader, NullOutbox(), sink) for stage in stages]
-    trainees = [build_trainee(job, stage) for stage in stages]
+    trainees: Sequence[loop.Trainee]
+    if blueprint.end_to_end:
+        trainees, hooks = [EndToEnd(stages, blueprint.config.train)], [one_stages_hooks(hooks)]
+    else:
+        trainees = [build_trainee(job, stage) for stage in stages]
     try:
         run(trainees, loader, plan, codec, hooks)
     finally:

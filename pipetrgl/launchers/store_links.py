@@ -7,6 +7,7 @@ import socket
 from typing import final
 
 import torch
+from torch.distributed import ProcessGroup
 
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.board import Board
@@ -91,6 +92,11 @@ class StoreLinks:
         shares = [functools.partial(world.share, receiver) for receiver in receivers]
         return split(outboxes, shares)
 
+    def pipeline(self, place: Place) -> tuple[ProcessGroup, ReplicaGroup]:
+        size, timeout_s = self._blueprint.world.size, self._blueprint.config.channel.wait_timeout_s
+        sums = self._connector.replicas(range(size), place.rank, self._member.device, timeout_s, "the stages")
+        return self._connector.everyone(place.rank, size, timeout_s), sums
+
     def _terms(self, sender: Place, receiver: Place) -> LinkTerms:
         channel = self._blueprint.config.channel
         return LinkTerms(
@@ -117,9 +123,10 @@ def replaces_stages(config: Config) -> bool:
 
     Never on a GPU, where NCCL has no way to give up one broken pair, nor where any stage has replicas, which would have
     to open their group again as well, nor with a cache, which dies with the worker, nor in the replay order, where a
-    replacement would not train to the weights that made what is sent already: the whole run starts again.
+    replacement would not train to the weights that made what is sent already, nor in the end-to-end order, where all
+    stages are at the same step: the whole run starts again.
     """
     launcher, pipeline, train = config.launcher, config.pipeline, config.train
-    remembers = train.cache != "none" or train.order == "replay"
-    possible = pipeline.hardware == "cpu" and max(pipeline.replica_counts) == 1 and not remembers
+    alone = train.cache == "none" and train.order not in ("replay", "end_to_end")
+    possible = pipeline.hardware == "cpu" and max(pipeline.replica_counts) == 1 and alone
     return possible and launcher.restart == "stage" and launcher.max_failures > 0

@@ -54,6 +54,13 @@ def build(name: str, pool: int | None, input_shape: tuple[int, ...], num_classes
     return head.build(input_shape, pool, num_classes)
 
 
+class NoHead(nn.Module):
+    """In place of the head of a stage that has none: hands the activation on."""
+
+    def forward(self, activation: Tensor) -> Tensor:
+        return activation
+
+
 class Mean(nn.Module):
     """Average over some axes, kept out of `nn.AdaptiveAvgPool2d`, whose backward is not deterministic on CUDA."""
 

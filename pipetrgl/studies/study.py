@@ -164,13 +164,13 @@ def _tested(outcome: Outcome, chosen: Mapping[str, str], say: Say, stop: threadi
     arm = outcome.trial.arm
     if outcome.error or chosen.get(pair_of(arm.case, arm.variant)) != arm.candidate:
         return _blind(outcome)
-    if outcome.stages[0]["test_accuracy"] is not None:
+    if outcome.stages[outcome.head]["test_accuracy"] is not None:
         return outcome
     if stop.is_set():
         raise StoppedError("stopped; the same command goes on")
     say(f"test split: {outcome.trial.name}, step {outcome.step}")
     scores = score(outcome.run, outcome.step)
-    test = [{"accuracy": one.accuracy, "loss": one.loss} for one in scores]
+    test = [{"accuracy": one.accuracy, "loss": one.loss} if one else {} for one in scores]
     note_test(outcome, test)
     return read_outcome(outcome.trial)
 

@@ -120,7 +120,7 @@ def _summary(case: str, variant: str, outcomes: Sequence[Outcome], candidate: st
         fine = not any(one.error for one in some)
         candidates[name] = statistics.fmean(one.best_valid for one in some) if fine else None
     runs = [one for one in mine if candidate is not None and one.trial.arm.candidate == candidate]
-    stages = range(len(runs[0].stages) if runs else 0)
+    heads = range(len(runs[0].heads) if runs else 0)
     return Summary(
         case,
         variant,
@@ -130,9 +130,9 @@ def _summary(case: str, variant: str, outcomes: Sequence[Outcome], candidate: st
         tuple(sorted({one.trial.seed for one in mine if one.error})) if candidate is None else (),
         interval([_accuracy(one, "best") for one in runs]) if runs else None,
         interval([_accuracy(one, "last") for one in runs]) if runs else None,
-        interval([diagnostics.stagnation([s["valid_accuracy"] for s in one.stages]) for one in runs]) if runs else None,
-        tuple(interval([one.stages[k]["valid_accuracy"] for one in runs]) for k in stages),
-        tuple(interval([one.stages[k]["test_accuracy"] for one in runs]) for k in stages),
+        interval([diagnostics.stagnation([s["valid_accuracy"] for s in one.heads]) for one in runs]) if runs else None,
+        tuple(interval([one.heads[k]["valid_accuracy"] for one in runs]) for k in heads),
+        tuple(interval([one.heads[k]["test_accuracy"] for one in runs]) for k in heads),
         _costs(runs),
         tuple(stage["tau"] for stage in runs[0].stages) if runs else (),
     )

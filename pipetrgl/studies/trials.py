@@ -32,7 +32,7 @@ class Trial:
     Attributes:
         config: as it is trained.
         folder: of its config, its log and its run folder.
-        num_stages: K.
+        num_stages, num_heads: K, and the stages that have a head.
     """
 
     arm: Arm
@@ -40,6 +40,7 @@ class Trial:
     config: Config
     folder: Path
     num_stages: int
+    num_heads: int
 
     @property
     def name(self) -> str:
@@ -65,7 +66,7 @@ class Outcome:
         step, epoch, head: chosen on validation; epochs done, from 1.
         stages: of result.json, with the values at the chosen step: `valid_accuracy`, `valid_loss`, `train_accuracy`,
             `task_loss`, `transport_cost`, `transport_cost_by_block`; `tau` is None where the objective has none,
-            `test_accuracy` and `test_loss` until the test.
+            `test_accuracy` and `test_loss` until the test, and all of them but `tau` for a stage without head.
         result: result.json.
     """
 
@@ -81,6 +82,11 @@ class Outcome:
     @property
     def best_valid(self) -> float:
         return float(self.stages[self.head]["valid_accuracy"])
+
+    @property
+    def heads(self) -> tuple[Mapping[str, Any], ...]:
+        """The stages that have one; end to end, only the last."""
+        return tuple(stage for stage in self.stages if stage["valid_accuracy"] is not None)
 
 
 def plan_trials(study: Study, folder: Path) -> list[Trial]:
@@ -125,7 +131,9 @@ def _trial(arm: Arm, seed: int, blueprint: Blueprint, folder: Path) -> Trial:
     }
     if "name" not in launcher.model_fields_set:
         changes["launcher"] = launcher.model_copy(update={"name": "serial"})
-    return Trial(arm, seed, config.model_copy(update=changes), place, blueprint.num_stages)
+    num_stages = blueprint.num_stages
+    num_heads = sum(map(blueprint.has_head, range(num_stages)))
+    return Trial(arm, seed, config.model_copy(update=changes), place, num_stages, num_heads)
 
 
 def finished(trial: Trial) -> tuple[Path, dict[str, Any]] | None:
@@ -149,7 +157,7 @@ def read_outcome(trial: Trial) -> Outcome:
     assert done is not None, f"{trial.name} has ended, and its result is not there"
     run, result = done
     rows = read_run(run).rows
-    valid = {step: heads for step, heads in plots.evaluations(rows, "valid").items() if len(heads) == trial.num_stages}
+    valid = {step: heads for step, heads in plots.evaluations(rows, "valid").items() if len(heads) == trial.num_heads}
     choice = _choice(run, valid)
     step, head = choice["step"], choice["head"]
     at_step = {row["stage"]: row for row in rows if row["kind"] == "valid" and row["step"] == step}
@@ -159,20 +167,21 @@ def read_outcome(trial: Trial) -> Outcome:
     for stage in result["stages"]:
         own = [row for row in rows if row["kind"] == "train" and row["stage"] == stage["stage"] and row["step"] <= step]
         last = own[-1]  # a row covers the epochs since the validation before it
+        scored = at_step.get(stage["stage"], {})
         test = (choice["test"] or [{}] * trial.num_stages)[stage["stage"]]
         stages.append(
             {
                 **stage,
                 "tau": stage["tau"] if has_tau else None,
-                "valid_accuracy": at_step[stage["stage"]]["accuracy"],
-                "valid_loss": at_step[stage["stage"]]["task_loss"],
+                "valid_accuracy": scored.get("accuracy"),
+                "valid_loss": scored.get("task_loss"),
                 "train_accuracy": last["accuracy"],
                 **{key: last[key] for key in ("task_loss", "transport_cost", "transport_cost_by_block")},
                 "test_accuracy": test.get("accuracy"),
                 "test_loss": test.get("loss"),
             }
         )
-    return Outcome(trial, None, run, step, at_step[0]["epoch"] + 1, head, tuple(stages), result)
+    return Outcome(trial, None, run, step, at_step[head]["epoch"] + 1, head, tuple(stages), result)
 
 
 def _choice(run: Path, valid: Mapping[int, Mapping[int, float]]) -> dict[str, Any]:

@@ -88,6 +88,9 @@ def test_a_rule_reports_every_fault_of_its_section() -> None:
         ({"epochs_growth": 0}, ["epochs_growth"]),
         ({"laps": 1, "epochs_growth": 2, "order": "parallel"}, ["epochs_growth", "laps"]),
         ({"laps": 3, "epochs_growth": 2, "order": "sequential"}, ["laps"]),
+        ({"schedule": "gpipe", "epochs_growth": 2, "order": "sequential"}, ["schedule"]),
+        ({"epochs_growth": 2, "order": "end_to_end"}, ["epochs_growth"]),
+        ({"schedule": "gpipe", "order": "end_to_end"}, []),
         ({"laps": 3, "epochs_growth": 2, "order": "multi_lap"}, []),
         ({"replay": {"size": 8, "max_reuse": 2}}, ["replay.max_reuse", "replay.size"]),
         ({"replay": {"size": 8}, "order": "multi_lap"}, ["replay.size"]),
@@ -152,8 +155,9 @@ def test_replay_is_refused_where_no_micro_batch_could_be_reused_alone() -> None:
 
 
 def test_a_dump_of_every_order_loads_again() -> None:
-    for order in ("parallel", "sequential", "multi_lap", "replay"):
-        config = Config.model_validate({"train": {"order": order}})
+    for order in ("parallel", "sequential", "multi_lap", "replay", "end_to_end"):
+        train = {"order": order, "drop_last": True} | ({"accumulate": 4} if order == "end_to_end" else {})
+        config = Config.model_validate({"train": train, "objective": {"name": "vangl"}})
         assert Config.model_validate(yaml.safe_load(dump(config))) == config
 
 

@@ -36,7 +36,7 @@ FLOORS = [
     },
     {"stage"},
     {"engine"},
-    {"blueprint", "worker", "recorder", "export"},
+    {"blueprint", "worker", "scheduled", "recorder", "export"},
     {"launchers"},
     {"studies"},
     {"console", "cli", "__main__"},
@@ -45,6 +45,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms on one floor do not see each other, but these single files stand on one another.
 NEIGHBOURS = {
     ("worker", "blueprint"),
+    ("scheduled", "worker"),
     ("recorder", "blueprint"),
     ("export", "blueprint"),
     ("__main__", "cli"),

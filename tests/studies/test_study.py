@@ -78,7 +78,7 @@ def outcome(
         }
         for k, (v, t) in enumerate(zip(valid, test, strict=True))
     ]
-    trial = Trial(Arm(case, variant, candidate, Config()), seed, Config(), Path(), len(valid))
+    trial = Trial(Arm(case, variant, candidate, Config()), seed, Config(), Path(), len(valid), len(valid))
     return Outcome(trial, None, Path("r"), 10, 1, head, tuple(stages), {"config_hash": "h"})
 
 
@@ -112,6 +112,18 @@ def test_one_study_end_to_end_through_the_command_line(tmp_path: Path) -> None:
     # no training has seen the test split
     for metrics in folder.glob("runs/**/metrics.jsonl"):
         assert "test" not in {json.loads(line)["kind"] for line in metrics.read_text().splitlines()}
+
+
+def test_end_to_end_is_a_variant_whose_only_head_is_the_last(tmp_path: Path) -> None:
+    variants = "  whole: {train.order: end_to_end, objective.name: vangl, launcher.name: serial}\n"
+    variants += "  one: {pipeline.stages: 1, objective.name: vangl}\n"
+    study = study_of(tmp_path, f"seeds: 2\nvariants:\n{variants}")
+    outcomes, chosen = run_study(study, tmp_path / "out", quiet, threading.Event())
+    summaries = whole, one = summarise(study, outcomes, chosen)
+    assert len(whole.test_by_stage) == len(one.test_by_stage) == 1
+    # two stages that share one loss are one stage, bit for bit
+    assert {answer.verdict for answer in compare(study, summaries)} == {"equal with every seed"}
+    write_answer(study, outcomes, chosen, tmp_path / "out")
 
 
 def test_variants_share_start_weights_and_order_with_one_seed_only(tmp_path: Path) -> None:
@@ -345,7 +357,7 @@ def test_the_candidate_is_chosen_by_the_mean_over_seeds_and_one_that_diverges_is
         *(outcome("a", seed, [valid], [0.0], candidate="x") for seed, valid in enumerate((0.9, 0.5))),
         *(outcome("a", seed, [valid], [0.0], candidate="y") for seed, valid in enumerate((0.8, 0.7))),
         outcome("a", 0, [1.0], [0.0], candidate="z"),
-        Outcome(Trial(Arm("", "a", "z", Config()), 1, Config(), Path(), 1), "a loss is NaN"),
+        Outcome(Trial(Arm("", "a", "z", Config()), 1, Config(), Path(), 1, 1), "a loss is NaN"),
     ]
     assert choose(outcomes) == {"a": "y"}  # 0.75 against 0.70
 
