@@ -7,16 +7,16 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from pipetrgl.blueprint import Blueprint, draw_up
 from pipetrgl.config.bench import load_bench
-from pipetrgl.config.load import json_schema, load
+from pipetrgl.config.load import config_hash, json_schema, load
 from pipetrgl.config.study import load_study
 from pipetrgl.console import Progress, print_result
 from pipetrgl.engine.checkpoint import write_atomically
@@ -30,7 +30,9 @@ from pipetrgl.launchers.start import train as start_training
 from pipetrgl.studies import what_if
 from pipetrgl.studies.bench import run_bench
 from pipetrgl.studies.bench_report import findings, write_bench_report
-from pipetrgl.studies.footprint import footprint, table
+from pipetrgl.studies.footprint import footprint
+from pipetrgl.studies.footprint_table import table
+from pipetrgl.studies.footprint_table import to_dict as footprint_dict
 from pipetrgl.studies.peaks import peak_rss, peak_rss_end_to_end
 from pipetrgl.studies.planning import plan_for, planned, summary, to_dict
 from pipetrgl.studies.planning import read as read_plan
@@ -87,14 +89,15 @@ def memory(
     micro_batches: Annotated[int | None, typer.Option(min=1, help="M of GPipe and 1F1B; unset: K.")] = None,
     measure: Annotated[bool, typer.Option(help="Also start the workers, and print the peak RSS of each.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of --measure.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="Also write the numbers there, as JSON.")] = None,
 ) -> None:
     """Count the bytes of every stage against end-to-end training, GPipe and 1F1B; see docs/memory.md."""
     settings = planned(load(config, overrides or []), print)
     counted = footprint(settings, describe(settings), micro_batches)
-    if not measure:
-        print(table(counted))
-        return
-    print(table(counted, (*peak_rss(settings, steps), peak_rss_end_to_end(settings, steps))))
+    peaks = (*peak_rss(settings, steps), peak_rss_end_to_end(settings, steps)) if measure else None
+    print(table(counted, peaks))
+    if out is not None:
+        _write_json(out, footprint_dict(counted, config_hash(settings), environment(), peaks))
 
 
 @app.command()
@@ -112,10 +115,7 @@ def plan(
     memory_bytes = None if memory_mib is None else int(memory_mib * 2**20)
     made = plan_for(load(config, overrides or []), workers, max_replicas or workers, memory_bytes, repeats)
     print(summary(made))
-    try:
-        write_atomically(out, (json.dumps(to_dict(made, environment()), indent=2) + "\n").encode())
-    except OSError as error:
-        raise ConfigError(f"--out: cannot write to '{out}': {error.strerror}") from error
+    _write_json(out, to_dict(made, environment()))
     print(f"plan: {out}")
 
 
@@ -255,6 +255,13 @@ def _exit_code(command: Callable[[], object]) -> int:
 
 def _say(line: str) -> None:
     os.write(2, f"{line}\n".encode())  # a handler may interrupt a print, and must not print itself
+
+
+def _write_json(out: Path, content: Mapping[str, Any]) -> None:
+    try:
+        write_atomically(out, (json.dumps(content, indent=2) + "\n").encode())
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write to '{out}': {error.strerror}") from error
 
 
 def _write_report(folder: Path) -> Path:

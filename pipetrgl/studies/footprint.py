@@ -204,35 +204,6 @@ def link_bytes(blueprint: Blueprint, stage: int) -> int:
     return received + sent
 
 
-def table(counted: Footprint, peaks: tuple[int, ...] | None = None) -> str:
-    """The footprint as text, in MiB; with `peaks`, measured peak RSS of every stage and then of end-to-end training."""
-    columns = ["VanGL", "TRGL", "stored r", "GPipe", "1F1B", "parameters", "optimizer", "links"]
-    columns += {"none": [], "memory": ["cache"], "disk": ["cache on disk"]}[counted.cache]
-    whole = counted.end_to_end
-    lines = [
-        f"{counted.network}, {counted.rows} rows a micro-batch; GPipe and 1F1B: M = {counted.num_micro_batches}; MiB",
-        f"{'':12}{'saved activations (% of end-to-end)':^55}",
-        f"{'':12}" + "".join(f"{name:>{_WIDTH}}" for name in columns) + (f"{'peak RSS':>{_WIDTH}}" if peaks else ""),
-    ]
-    rows = [*((f"stage {k}", stage) for k, stage in enumerate(counted.stages)), ("end-to-end", whole)]
-    for position, (name, row) in enumerate(rows):
-        saved = (row.vangl, row.identity, row.stored, row.gpipe, row.one_f_one_b)
-        cells = [f"{_mib(value)} {100 * value / whole.vangl:3.0f} %" for value in saved]
-        cells += [_mib(value) for value in (row.parameters, row.optimizer, row.links)]
-        cells += [_mib(row.cache)] if counted.cache != "none" else []
-        cells += [_mib(peaks[position])] if peaks else []
-        lines.append(f"{name:12}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells))
-    largest = {
-        name: max(getattr(stage, field) for stage in counted.stages) / whole.vangl
-        for name, field in (("VanGL", "vangl"), ("TRGL", "identity"), ("stored r", "stored"), ("1F1B", "one_f_one_b"))
-    }
-    shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in largest.items())
-    return "\n".join([*lines, f"largest stage's saved activations, of end-to-end's: {shares}"])
-
-
-_WIDTH = 15
-
-
 def _variant(config: Config, spec: DataSpec, name: str) -> Blueprint:
     """The run with the objective of one column; tau is any finite number, for bytes do not depend on it."""
     given = config.objective.transport
@@ -240,7 +211,10 @@ def _variant(config: Config, spec: DataSpec, name: str) -> Blueprint:
     objective = config.objective.model_copy(
         update={"name": "vangl" if name == "vangl" else "trgl", "transport": transport}
     )
-    return draw_up(config.model_copy(update={"objective": objective}), spec)
+    # every stage with its head, also of a network that is to be trained end to end
+    order = "parallel" if config.train.order == "end_to_end" else config.train.order
+    train = config.train.model_copy(update={"order": order})
+    return draw_up(config.model_copy(update={"objective": objective, "train": train}), spec)
 
 
 def _end_to_end(vangl: Blueprint) -> StageFootprint:
@@ -325,7 +299,3 @@ def _encoded_bytes(shape: tuple[int, ...], codec: str) -> int:
 
 def _bytes_of(shape: tuple[int, ...]) -> int:
     return math.prod(shape) * torch.float32.itemsize
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:,.1f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import nn
 from pipetrgl.blueprint import draw_up
 from pipetrgl.config.schema import Config, ObjectiveConfig
 from pipetrgl.launchers.start import describe
-from pipetrgl.studies.footprint import Footprint, count_at, count_saved, footprint, table
+from pipetrgl.studies.footprint import Footprint, count_at, count_saved, footprint
+from pipetrgl.studies.footprint_table import table, to_dict
 from pipetrgl.studies.saved import SavedBytes
 from pipetrgl.worker import build_stage
 from tests.equivalence.runs import TEXT
@@ -198,6 +200,16 @@ def test_the_table_names_every_stage_and_ends_in_the_largest_shares() -> None:
     assert [line.split()[0] for line in lines[3:6]] == ["stage", "stage", "end-to-end"]
     assert [line.split()[-1] for line in lines[3:6]] == ["1.0", "2.0", "3.0"]
     assert lines[-1].startswith("largest stage's saved activations, of end-to-end's: VanGL 63.1 %, TRGL 100.0 %")
+
+
+def test_the_json_holds_the_tables_numbers_in_bytes() -> None:
+    result = counted(mlp())
+    content = json.loads(json.dumps(to_dict(result, "a1b2", {"git_sha": None}, peaks=(1, 2, 3))))
+    assert [stage["vangl_bytes"] for stage in content["stages"]] == [stage.vangl for stage in result.stages]
+    assert [stage["peak_rss_bytes"] for stage in (*content["stages"], content["end_to_end"])] == [1, 2, 3]
+    assert content["largest_share_of_end_to_end"]["VanGL"] == pytest.approx(0.631, abs=5e-4)
+    assert (content["config_hash"], content["num_stages"]) == ("a1b2", 2)
+    assert to_dict(result, "", {})["stages"][0]["peak_rss_bytes"] is None
 
 
 @pytest.mark.parametrize(("cache", "column"), [("memory", "cache"), ("disk", "cache on disk")])
