@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py > benchmarks/memory.txt
 
-The cuts are those of the paper's STL-10 configs, batch 64, counted on synthetic images of that shape. Bytes are counted,
-not measured: the output is the same on every machine.
+The cuts are those of the paper's STL-10 configs, batch 64, counted on synthetic images of that shape. Bytes are
+counted, not measured: the output is the same on every machine.
 """
 
 from __future__ import annotations
