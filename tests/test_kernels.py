@@ -210,7 +210,10 @@ def test_a_machine_without_a_compiler_is_told_before_training(tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ({"train": {"channels_last": True}, "model": {"name": "mlp"}}, "train.channels_last: .* vectors only"),
+        (
+            {"train": {"channels_last": True}, "model": {"name": "mlp"}},
+            "train.channels_last: .* has no maps to lay out",
+        ),
         ({"train": {"precision": "fp16"}, "optim": {"fused": True}}, "optim.fused: not for sgd with momentum and"),
     ],
 )

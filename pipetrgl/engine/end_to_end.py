@@ -171,5 +171,5 @@ def scored(logits: Tensor) -> StageOutput:
 def unscored(batch: MicroBatch, trained: bool) -> StageOutput:
     """Of a stage without head: no loss of its own, and logits that say nothing."""
     zero = torch.zeros(())
-    nothing = torch.zeros(batch.num_rows, 1)
+    nothing = torch.zeros(*batch.target.shape, 1)
     return StageOutput(nothing, nothing, LocalLoss(torch.zeros((), requires_grad=trained), zero, zero, ()), ())

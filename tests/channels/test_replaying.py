@@ -11,7 +11,7 @@ import torch
 
 from pipetrgl.channels import replaying
 from pipetrgl.channels.replaying import ReplayingInbox
-from pipetrgl.microbatch import Activation, MicroBatch, Split
+from pipetrgl.microbatch import MicroBatch, Split
 from tests.contracts.test_channels import micro_batch
 
 
@@ -106,15 +106,15 @@ def test_nothing_is_reused_after_the_last_training_micro_batch() -> None:
 
 def test_the_ring_holds_no_more_than_its_size_and_the_one_in_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[weakref.ref[torch.Tensor]] = []
-    cloned = replaying.cloned
+    copied = replaying.copied
 
-    def counted(activation: Activation) -> Activation:
-        copy = cloned(activation)
-        assert isinstance(copy, torch.Tensor)
-        copies.append(weakref.ref(copy))
+    def counted(micro_batch: MicroBatch) -> MicroBatch:
+        copy = copied(micro_batch)
+        assert isinstance(copy.activation, torch.Tensor)
+        copies.append(weakref.ref(copy.activation))
         return copy
 
-    monkeypatch.setattr(replaying, "cloned", counted)
+    monkeypatch.setattr(replaying, "copied", counted)
     most = 0
     for got in ReplayingInbox(Scripted("abc.d..efg.h....ijkl..", arrivals()), size=3, max_reuse=4):
         most = max(most, sum(copy() is not None for copy in copies))

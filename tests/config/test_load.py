@@ -482,7 +482,7 @@ def test_an_override_may_name_a_section_by_its_name_alone(write: Write) -> None:
     (row,) = rows(write(""), ["launcher=rey"])
     assert row.startswith("override   launcher.name: 'rey' is not allowed. Did you mean 'ray'?")
     (row,) = rows(write(""), ["train=fast"])  # a section without a name
-    assert row.startswith("override   train: 'fast' is a str; expected a section with some of: order, epochs")
+    assert row.startswith("override   train: 'fast' is a str; expected a section with some of: order, schedule, epochs")
 
 
 def test_what_ray_gives_each_worker_may_be_one_value_or_one_a_stage(write: Write) -> None:

@@ -201,7 +201,7 @@ def test_gradients_of_accumulated_micro_batches_add_up_to_the_whole_batchs_witho
 def test_a_log_line_shows_everything_and_no_number_for_what_is_absent() -> None:
     row = {
         "stage": 1, "replica": 0, "step": 1200, "local_loss": 1.832, "task_loss": 1.790, "accuracy": 0.643,
-        "weight": 0.5, "images_per_s": 4210.0, "wait_share": 0.03,
+        "transport_cost": 0.084, "weight": 0.5, "images_per_s": 4210.0, "wait_share": 0.03,
     }  # fmt: skip
     line = "s1/4 r0/1 step 1200 | local 1.832 (task 1.790, transport 0.042) | head acc 64.3 % | "
     assert log_line(row, 4) == line + "4210 img/s | waited 3 %"

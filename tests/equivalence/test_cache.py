@@ -65,7 +65,7 @@ def test_recalling_equals_forwarding_anew_with(tmp_path: Path, model: str, train
 
 
 def test_an_objective_that_reads_the_stages_input_reads_what_is_recalled(tmp_path: Path) -> None:
-    options = {"objective": {"name": "infopro", "transport": {"tau": 0.5}}}
+    options = {"objective": {"name": "infopro", "infopro": {"target": "input"}, "transport": {"tau": 0.5}}}
     plain = run(cached("none", "resnet", tmp_path / "none", "sequential", 3, **options))
     assert_equal_runs(run(cached("memory", "resnet", tmp_path / "memory", "sequential", 3, **options)), plain)
 

@@ -37,7 +37,13 @@ def whole(model: str, folder: Path, launcher: str, stages: int, /, **sections: A
 
 @pytest.mark.parametrize(
     ("model", "stages", "schedule", "num_micro_batches"),
-    [("resnet", 3, "1f1b", 4), ("vit", 2, "gpipe", 1), ("vgg", 2, "1f1b", 2), ("mlp", 2, "gpipe", 4)],
+    [
+        ("resnet", 3, "1f1b", 4),
+        ("vit", 2, "gpipe", 1),
+        ("vgg", 2, "1f1b", 2),
+        ("mlp", 2, "gpipe", 4),
+        ("gpt", 2, "1f1b", 4),
+    ],
 )
 def test_workers_equal_one_process(
     tmp_path: Path, model: str, stages: int, schedule: str, num_micro_batches: int

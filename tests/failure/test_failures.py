@@ -113,7 +113,7 @@ def test_an_error_in_one_thread_ends_the_others(tmp_path: Path, stage: int, monk
 def test_an_error_in_the_loader_reaches_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipetrgl.data import loader
 
-    def broken(*arguments: object) -> None:
+    def broken(*arguments: object, **more: object) -> None:
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(loader, "normalise", broken)
