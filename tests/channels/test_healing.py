@@ -133,8 +133,8 @@ def test_a_replaced_sender_drops_what_the_receiver_has(link: Link) -> None:
     first = [next(stream).index for _ in range(4)]
     sender, receiver = link.connections(next_index=4)
     link.senders.waiting.append(receiver)
-    del link.outbox._connection, link.outbox._posted  # the old sender's process is gone, and its sockets with it
-    link.outbox._posted = None
+    link.outbox._posted = None  # never absent: the outbox's thread looks at it
+    del link.outbox._connection  # the old sender's process is gone, and its sockets with it
     outbox = LinkOutbox(sender, TERMS, link.alarm, Replacements(), ReplayLog(10**6))
     thread = send(outbox, range(1, 8))
     assert first + [got.index for got in stream] == list(range(8))
