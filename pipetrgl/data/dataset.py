@@ -22,7 +22,7 @@ class DataSpec:
 
     Attributes:
         sample_shape: (C, H, W) of an image, (T,) of a row of text, whose target is a class for each of its T tokens.
-        mean, std: of each channel, of pixels scaled to [0, 1]: what images are normalised with; a text has none.
+        mean, std: of each channel, of pixels scaled to [0, 1]: what images are normalised with; unused for text.
     """
 
     name: str
