@@ -104,7 +104,7 @@ def _panels(record: RunRecord) -> list[Panel]:
             "Transport cost",
             "How far each stage moves its activations, before weighting: low means close to the identity.",
             plots.training_curve(rows, num_stages, "transport_cost", "transport cost"),
-            no_train,
+            "No transport cost has been recorded.",
             "transport_cost",
         ),
         Panel(
@@ -120,7 +120,7 @@ def _panels(record: RunRecord) -> list[Panel]:
             "Mean square of what each residual block adds, over that of what it takes, on validation images: "
             "a block far above its neighbours moves most of what came in.",
             plots.cost_by_block(_relative_costs(result["stages"]), num_stages, "relative transport cost"),
-            "No validation has been recorded yet, or no block has a residual.",
+            "None has been recorded: it comes with validations, where blocks have residuals, and not end to end.",
             "relative_cost_by_block",
         ),
         Panel(
