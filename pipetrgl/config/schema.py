@@ -293,7 +293,7 @@ class TrainConfig(Section):
     gradient goes through all stages."""
     schedule: Literal["gpipe", "1f1b"] = "1f1b"
     """end_to_end over workers: torch's pipeline schedule, whose micro-batches are those of `accumulate`; gpipe runs all
-    forward passes first, 1f1b keeps at most one micro-batch a stage behind it."""
+    forward passes first, 1f1b holds the activations of at most K micro-batches in a stage."""
     epochs: Positive = 8
     """Passes over the training split; of stage 0 in each lap if the order is not parallel."""
     epochs_growth: NonNegative = 0
