@@ -27,11 +27,12 @@ def dataset(seed: int = 0) -> Dataset:
 
 @contextmanager
 def loader(data: Dataset, first_step: int = 0, train: TrainConfig = TRAIN) -> Iterator[Loader]:
+    before = set(threading.enumerate())  # perhaps one that another test has left
     with Loader(
         data, Itinerary(train, EVALUATE, data.spec, num_stages=1), CONFIG, seed=0, first_step=first_step
     ) as opened:
         yield opened
-    assert not [thread for thread in threading.enumerate() if thread.name == "pipetrgl-loader"]
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name == "pipetrgl-loader"]
 
 
 def contents(batch: MicroBatch) -> tuple[object, ...]:

@@ -105,7 +105,8 @@ def test_gradients_reach_every_stage_from_one_loss_at_the_last_head(tmp_path: Pa
     config = whole("resnet", tmp_path, "serial", 3)
     blueprint = draw_up(config, describe(config))
     stages = [build_stage(blueprint, index, torch.device("cpu")) for index in range(3)]
-    batch = next(batch for batch in build_loader(Job(blueprint, tmp_path, {})) if batch.split is Split.TRAIN)
+    with build_loader(Job(blueprint, tmp_path, {})) as loader:
+        batch = next(batch for batch in loader if batch.split is Split.TRAIN)
     output = EndToEnd(stages, config.train).forward(batch, train=True)
     assert output.trained and output.logits.shape == (8, 4)
     for stage in stages:
