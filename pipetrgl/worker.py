@@ -17,7 +17,7 @@ from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.contracts import Inbox, OneReplica, Outbox, ReplicaGroup
 from pipetrgl.channels.delayed import DelayedInbox
 from pipetrgl.channels.gradients import BucketedSum, GradientSum, Whole
-from pipetrgl.channels.images import ImageOutbox
+from pipetrgl.channels.images import image_outbox
 from pipetrgl.channels.replicas import Agreed, add_up
 from pipetrgl.config.schema import Config, TrainConfig
 from pipetrgl.data import catalogue
@@ -238,7 +238,7 @@ def with_images(blueprint: Blueprint, stage: int, outbox: Outbox, device: torch.
     """The stage's outbox; where images ride along, one that knows which links they take."""
     if blueprint.image_shape(1) is None:
         return outbox
-    return ImageOutbox(outbox, device, wanted=blueprint.image_shape(stage + 1) is not None)
+    return image_outbox(outbox, device, wanted=blueprint.image_shape(stage + 1) is not None)
 
 
 def build_trace(blueprint: Blueprint, place: Place, clock_offset_s: float) -> Trace:

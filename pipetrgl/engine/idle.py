@@ -11,6 +11,7 @@ from typing import final
 
 import torch
 
+from pipetrgl.channels.changing import ChangingOutbox
 from pipetrgl.channels.contracts import Outbox
 from pipetrgl.engine.loop import Trainee
 from pipetrgl.engine.phases import Parallel, Plan, Role
@@ -27,7 +28,7 @@ def idling(plan: Plan, stage: Trainee, outbox: Outbox) -> tuple[Trainee, Outbox]
     """Only where some stage is idle at times is anything wrapped."""
     if isinstance(plan, Parallel):
         return stage, outbox
-    return IdlingStage(stage, plan), TickingOutbox(outbox, plan, stage.index + 1)
+    return IdlingStage(stage, plan), ticking(outbox, plan, stage.index + 1)
 
 
 @final
@@ -54,30 +55,10 @@ class IdlingStage:
         self._stage.update()
 
 
-@final
-class TickingOutbox:
+def ticking(outbox: Outbox, plan: Plan, stage: int) -> Outbox:
     """An outbox that sends a tick wherever its receiver, `stage`, needs no more: it is idle, or recalls its input."""
 
-    def __init__(self, outbox: Outbox, plan: Plan, stage: int) -> None:
-        self._outbox = outbox
-        self._plan = plan
-        self._stage = stage
+    def change(micro_batch: MicroBatch) -> MicroBatch:
+        return micro_batch if plan.feeds(stage, micro_batch) else micro_batch.as_tick()
 
-    @property
-    def waited_s(self) -> float:
-        return self._outbox.waited_s
-
-    @property
-    def sent_bytes(self) -> int:
-        return self._outbox.sent_bytes
-
-    @property
-    def received_index(self) -> int:
-        return self._outbox.received_index
-
-    def send(self, micro_batch: MicroBatch) -> None:
-        fed = self._plan.feeds(self._stage, micro_batch)
-        self._outbox.send(micro_batch if fed else micro_batch.as_tick())
-
-    def close(self) -> None:
-        self._outbox.close()
+    return ChangingOutbox(outbox, change)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import final
 
+from pipetrgl.channels.changing import ChangingOutbox
 from pipetrgl.channels.contracts import Inbox, Outbox, WatchedInbox
 from pipetrgl.channels.replaying import ReplayingInbox
 from pipetrgl.config.schema import TrainConfig
@@ -27,8 +28,10 @@ def reusing(config: TrainConfig, inbox: Inbox) -> Inbox:
 
 
 def fresh_only(config: TrainConfig, outbox: Outbox) -> Outbox:
-    """The outbox, which in the replay order is to send every micro-batch once."""
-    return FreshOutbox(outbox) if config.order == "replay" else outbox
+    """The outbox, which in the replay order sends no reused micro-batch on: the next stage has had it already."""
+    if config.order != "replay":
+        return outbox
+    return ChangingOutbox(outbox, lambda micro_batch: None if micro_batch.reused else micro_batch)
 
 
 @final
@@ -63,33 +66,6 @@ class ReplayingStage:
         if self._reused:
             stage.num_updates, stage.skipped_updates = counts
             stage.num_reused += 1
-
-
-@final
-class FreshOutbox:
-    """An outbox that sends no reused micro-batch on: the next stage has had it already."""
-
-    def __init__(self, outbox: Outbox) -> None:
-        self._outbox = outbox
-
-    @property
-    def waited_s(self) -> float:
-        return self._outbox.waited_s
-
-    @property
-    def sent_bytes(self) -> int:
-        return self._outbox.sent_bytes
-
-    @property
-    def received_index(self) -> int:
-        return self._outbox.received_index
-
-    def send(self, micro_batch: MicroBatch) -> None:
-        if not micro_batch.reused:
-            self._outbox.send(micro_batch)
-
-    def close(self) -> None:
-        self._outbox.close()
 
 
 @final

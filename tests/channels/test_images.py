@@ -10,7 +10,7 @@ import torch
 
 from pipetrgl.channels import wire
 from pipetrgl.channels.codecs import CODECS, received
-from pipetrgl.channels.images import ImageOutbox
+from pipetrgl.channels.images import image_outbox
 from pipetrgl.errors import LinkError
 from pipetrgl.microbatch import MicroBatch, Split, joined
 from tests.channels.test_link import link, micro_batch
@@ -38,7 +38,7 @@ class Box:
 
 def test_an_image_is_handed_on_as_a_copy_for_its_slot_is_used_again() -> None:
     box, slot = Box(), IMAGE.clone()
-    outbox = ImageOutbox(box, CPU, wanted=True)
+    outbox = image_outbox(box, CPU, wanted=True)
     outbox.send(micro_batch(0, torch.ones(4, 3)).beside(slot))
     slot.zero_()
     (sent,) = box.sent
@@ -48,8 +48,8 @@ def test_an_image_is_handed_on_as_a_copy_for_its_slot_is_used_again() -> None:
 
 def test_an_image_is_left_behind_where_the_receiver_needs_none_and_none_stays_none() -> None:
     box = Box()
-    ImageOutbox(box, CPU, wanted=False).send(micro_batch(0, torch.ones(4, 3)).beside(IMAGE))
-    ImageOutbox(box, CPU, wanted=True).send(micro_batch(1, torch.ones(4, 3)))
+    image_outbox(box, CPU, wanted=False).send(micro_batch(0, torch.ones(4, 3)).beside(IMAGE))
+    image_outbox(box, CPU, wanted=True).send(micro_batch(1, torch.ones(4, 3)))
     assert [sent.image for sent in box.sent] == [None, None]
 
 

@@ -9,7 +9,7 @@ from pipetrgl.config.schema import EvaluateConfig, TrainConfig
 from pipetrgl.data.dataset import DataSpec
 from pipetrgl.data.itinerary import Itinerary
 from pipetrgl.data.seen import SeenInPhase
-from pipetrgl.engine.idle import NOTHING, IdlingStage, TickingOutbox
+from pipetrgl.engine.idle import NOTHING, IdlingStage, ticking
 from pipetrgl.engine.phases import Plan, Recalling, Role, plan_of
 from pipetrgl.microbatch import MicroBatch
 from pipetrgl.stage import StageOutput
@@ -140,7 +140,7 @@ class Never:
 def test_an_idle_receiver_gets_ticks_that_keep_targets_and_place() -> None:
     stream, plan = batches({"order": "sequential", "epochs": 1}, 2)
     sent = Sent()
-    outbox = TickingOutbox(sent, plan, stage=1)
+    outbox = ticking(sent, plan, stage=1)
     for batch in stream:
         outbox.send(batch)
     #   v t | v t v e      stage 1 learns in the second step

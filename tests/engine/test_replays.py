@@ -11,13 +11,14 @@ import torch
 
 from pipetrgl import optim
 from pipetrgl.blueprint import Blueprint, draw_up
+from pipetrgl.channels.changing import ChangingOutbox
 from pipetrgl.channels.contracts import Inbox, NullOutbox, Outbox, WatchedInbox
 from pipetrgl.config.schema import FaultConfig
 from pipetrgl.data.itinerary import Itinerary
 from pipetrgl.engine import loop
 from pipetrgl.engine.faults import rehearse
 from pipetrgl.engine.phases import Parallel
-from pipetrgl.engine.replays import FreshOutbox, fresh_only, reusing
+from pipetrgl.engine.replays import fresh_only, reusing
 from pipetrgl.errors import DivergedError
 from pipetrgl.launchers.start import describe
 from pipetrgl.microbatch import MicroBatch
@@ -185,4 +186,4 @@ def test_in_another_order_nothing_is_wrapped(tmp_path: Path) -> None:
     assert reusing(parallel, inbox) is inbox
     assert fresh_only(parallel, outbox) is outbox
     assert isinstance(inbox, WatchedInbox)
-    assert isinstance(fresh_only(blueprint_of(tmp_path).config.train, outbox), FreshOutbox)
+    assert isinstance(fresh_only(blueprint_of(tmp_path).config.train, outbox), ChangingOutbox)
