@@ -185,7 +185,7 @@ def evaluate(
     """Score every head of a run's checkpoint, in this process; trains nothing."""
     checkpoint = checkpoint_of(run, step)
     print(f"{run}, step {checkpoint.step}, {split} split")
-    for stage, score in enumerate(score_heads(run, checkpoint.step, split)):
+    for stage, score in enumerate(score_heads(run, checkpoint, split)):
         answer = f"accuracy {100 * score.accuracy:.2f} %, cross-entropy {score.loss:.4f}" if score else "no head"
         print(f"stage {stage}: {answer}")
 

@@ -1,6 +1,6 @@
 """How an activation is written on the wire: fp32, bf16, fp16, or int8 with one scale a sample.
 
-A codec is part of the model: the serial launcher applies `roundtrip` too, so exactness holds with any of them.
+A codec is part of the model: the serial launcher applies `received` too, so exactness holds with any of them.
 """
 
 from __future__ import annotations
@@ -96,11 +96,6 @@ def decode(codec: Codec, parts: tuple[Tensor, ...]) -> Activation:
     groups = [parts[i : i + codec.num_parts] for i in range(0, len(parts), codec.num_parts)]
     tensors = tuple(codec.decode(group) for group in groups)
     return tensors[0] if len(tensors) == 1 else tensors
-
-
-def roundtrip(codec: Codec, activation: Activation) -> Activation:
-    """What the receiver of `activation` would see."""
-    return decode(codec, encode(codec, activation))
 
 
 def payload(codec: Codec, micro_batch: MicroBatch) -> tuple[Tensor, ...]:

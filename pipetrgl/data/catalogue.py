@@ -48,8 +48,6 @@ def load(config: DataConfig, seed: int, environ: Mapping[str, str] = _NO_VARIABL
     )
     return Dataset(
         spec=spec,
-        mean=collection.mean,
-        std=collection.std,
         train=SubsetSamples(collection.train, train),
         valid=SubsetSamples(collection.train, valid),
         test=collection.test,

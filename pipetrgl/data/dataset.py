@@ -22,7 +22,8 @@ class DataSpec:
 
     Attributes:
         sample_shape: (C, H, W) of an image, (T,) of a row of text, whose target is a class for each of its T tokens.
-        mean, std: of each channel, of pixels scaled to [0, 1]: what images are normalised with; unused for text.
+        mean, std: of each channel, of pixels scaled to [0, 1]: what images are normalised with; published constants,
+            not computed here; unused for text.
     """
 
     name: str
@@ -126,15 +127,9 @@ class Collection:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set ready to train on.
-
-    Attributes:
-        mean, std: of each channel, of pixels scaled to [0, 1]; published constants, not computed here. A text has none.
-    """
+    """A data set ready to train on."""
 
     spec: DataSpec
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     train: Rows
     valid: Rows
     test: Rows

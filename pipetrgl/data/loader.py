@@ -90,7 +90,7 @@ class Loader:
         self._between_steps = True
         self._dataset = dataset
         self._as_inputs = (
-            _tokens if dataset.spec.name == "text" else partial(normalise, mean=dataset.mean, std=dataset.std)
+            _tokens if dataset.spec.name == "text" else partial(normalise, mean=dataset.spec.mean, std=dataset.spec.std)
         )
         self._config = config
         self._seed = seed

@@ -60,7 +60,7 @@ def text(config: DataConfig) -> Dataset:
         for part in (rows[: config.num_train or num_train], rows[num_train:num_others], rows[num_others:])
     )
     spec = DataSpec(config.name, len(train), len(valid), len(test), (config.context,), NUM_BYTES)
-    return Dataset(spec, (), (), train, valid, test)
+    return Dataset(spec, train, valid, test)
 
 
 def _read(path: Path) -> bytes:

@@ -38,16 +38,16 @@ class Exported:
     num_bytes: int
 
 
-def score(run: Path, step: int, split: str = "test") -> list[Score | None]:
-    """Score all heads of the checkpoint that a run saved after `step` optimizer steps; None for a stage without head.
+def score(run: Path, checkpoint: Checkpoint, split: str = "test") -> list[Score | None]:
+    """Score all heads of a run's checkpoint; None for a stage without head.
 
     Args:
         split: "test", or "valid" to compare with what the run itself has recorded.
     Raises:
-        ConfigError: the run holds no such checkpoint, or a damaged one.
+        DataError: the data set is missing or damaged.
     """
-    config = _evaluating_only(load(run / "config.yaml"), step, split)
-    job = Job(draw_up(config, describe(config)), run, dict(os.environ), Checkpoint.read(step_folder(run, step)))
+    config = _evaluating_only(load(run / "config.yaml"), checkpoint.step, split)
+    job = Job(draw_up(config, describe(config)), run, dict(os.environ), checkpoint)
     found: dict[int, Score] = {}
 
     def keep(row: Row) -> None:

@@ -22,7 +22,7 @@ from pipetrgl.config.study import Study
 from pipetrgl.engine.checkpoint import write_atomically
 from pipetrgl.errors import ConfigError, StoppedError
 from pipetrgl.launchers.folder import claimed
-from pipetrgl.launchers.scoring import score
+from pipetrgl.launchers.scoring import checkpoint_of, score
 from pipetrgl.launchers.trainings import Training, last_words, run_all
 from pipetrgl.studies.trials import Outcome, Trial, finished, note_test, plan_trials, read_outcome
 
@@ -169,7 +169,7 @@ def _tested(outcome: Outcome, chosen: Mapping[str, str], say: Say, stop: threadi
     if stop.is_set():
         raise StoppedError("stopped; the same command goes on")
     say(f"test split: {outcome.trial.name}, step {outcome.step}")
-    scores = score(outcome.run, outcome.step)
+    scores = score(outcome.run, checkpoint_of(outcome.run, outcome.step))
     test = [{"accuracy": one.accuracy, "loss": one.loss} if one else {} for one in scores]
     note_test(outcome, test)
     return read_outcome(outcome.trial)

@@ -58,7 +58,7 @@ def test_synthetic_is_learnable_from_class_means() -> None:
 def test_synthetic_takes_any_shape(shape: tuple[int, int, int]) -> None:
     data = load(synthetic(shape=shape), seed=0)
     assert data.train.read(np.arange(3)).shape == (3, *shape)
-    assert len(data.mean) == len(data.std) == shape[0]
+    assert len(data.spec.mean) == len(data.spec.std) == shape[0]
 
 
 def test_fewer_images_than_classes_is_an_error() -> None:

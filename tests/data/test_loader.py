@@ -137,7 +137,7 @@ class _BrokenSamples:
 
 def test_an_error_in_the_thread_is_raised_where_its_micro_batch_would_have_come() -> None:
     good = dataset()
-    data = Dataset(good.spec, good.mean, good.std, _BrokenSamples(good), good.valid, good.test)
+    data = Dataset(good.spec, _BrokenSamples(good), good.valid, good.test)
     seen = []
     with loader(data) as stream, pytest.raises(OSError, match="disk gone"):
         for batch in stream:
@@ -150,7 +150,7 @@ def test_the_thread_runs_ahead_by_no_more_than_prefetch() -> None:
     good = dataset()
     samples = _BrokenSamples(good)
     samples.num_reads = 2  # past the failing one
-    data = Dataset(good.spec, good.mean, good.std, samples, good.valid, good.test)
+    data = Dataset(good.spec, samples, good.valid, good.test)
     with loader(data) as stream:
         next(stream)  # the validation at the start is one micro-batch
         time.sleep(0.05)

@@ -22,7 +22,7 @@ from pipetrgl.config.study import Arm, Study, load_study
 from pipetrgl.data.order import epoch_order
 from pipetrgl.errors import ConfigError, LaunchError, StoppedError
 from pipetrgl.launchers.folder import claimed
-from pipetrgl.launchers.scoring import score
+from pipetrgl.launchers.scoring import checkpoint_of, score
 from pipetrgl.launchers.start import describe, train
 from pipetrgl.studies.study import choose, run_study
 from pipetrgl.studies.study_report import findings, write_answer
@@ -225,7 +225,7 @@ def test_only_the_chosen_candidate_meets_the_test_split(tmp_path: Path) -> None:
     assert json.loads((bad.run / "choice.json").read_text())["test"] is None
     assert None not in [stage["test_accuracy"] for stage in good.stages]
     # what was tested is what was validated: the checkpoint of the chosen step, and no other is kept
-    again = score(good.run, good.step, "valid")
+    again = score(good.run, checkpoint_of(good.run, good.step), "valid")
     assert [one.accuracy for one in again] == [stage["valid_accuracy"] for stage in good.stages]
     assert [path.name for path in (good.run / "checkpoints").iterdir()] == [f"step-{good.step}"]
     (summary,) = summarise(study_of(tmp_path, text), outcomes, chosen)
@@ -242,7 +242,7 @@ def test_one_stage_at_a_time_is_chosen_among_steps_that_reach_all_heads(tmp_path
     found = read_outcome(trial)
     assert found.step in (48, 64)
     assert found.epoch == found.step // 16
-    again = score(found.run, found.step, "valid")
+    again = score(found.run, checkpoint_of(found.run, found.step), "valid")
     assert [one.accuracy for one in again] == [stage["valid_accuracy"] for stage in found.stages]
 
 
