@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -122,27 +123,24 @@ class Itinerary:
     def _step(self, step: int, index: int) -> Iterator[Stop]:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         batch_start = step_in_epoch * self._train.batch
-        rows, num_parts = self._num_rows(step), self._num_parts(step)
+        rows = self._num_rows(step)
+        parts = divided(rows, self._train, self._least_rows)
         ends_epoch = step_in_epoch == self.steps_per_epoch - 1 or step == self.total_steps - 1
-        size, num_larger = divmod(rows, num_parts)
-        row = 0
-        for part in range(num_parts):
-            end = row + size + (part < num_larger)
-            last = part == num_parts - 1
+        for number, part in enumerate(parts):
+            last = part.stop == rows
             yield Stop(
                 split=Split.TRAIN,
                 epoch=epoch,
                 step=step,
-                index=index + part,
-                first_row=batch_start + row,
-                end_row=batch_start + end,
-                row_start=row,
+                index=index + number,
+                first_row=batch_start + part.start,
+                end_row=batch_start + part.stop,
+                row_start=part.start,
                 batch_rows=rows,
                 closes_step=last,
                 closes_split=last and ends_epoch,
                 closes_phase=last and self.sweep.closes_phase(step),
             )
-            row = end
 
     def _evaluations(self, num_taken: int, index: int) -> Iterator[Stop]:
         for split, num_rows in self._splits_after(num_taken):
@@ -196,11 +194,7 @@ class Itinerary:
         return self._rest if is_rest else self._train.batch
 
     def _num_parts(self, step: int) -> int:
-        rows = self._num_rows(step)
-        if rows == self._train.batch:
-            return self._train.accumulate
-        # The smaller rest makes fewer micro-batches rather than single rows, of which BatchNorm has no variance.
-        return min(self._train.accumulate, rows // max(2, self._least_rows))
+        return _num_parts(self._num_rows(step), self._train, self._least_rows)
 
     def _num_evaluation_stops(self, num_taken: int) -> int:
         return sum(-(-num_rows // self._evaluate.batch) for _, num_rows in self._splits_after(num_taken))
@@ -210,3 +204,23 @@ class Itinerary:
         return self._num_evaluation_stops(0) + sum(
             self._num_parts(taken) + self._num_evaluation_stops(taken + 1) for taken in range(step)
         )
+
+
+def divided(rows: int, train: TrainConfig, least_rows: int = 1) -> list[range]:
+    """The rows of each micro-batch of an optimizer step, in order; sizes differ by one at most, the larger ones first.
+
+    Args:
+        rows: of the step.
+        least_rows: that every micro-batch must have.
+    """
+    num_parts = _num_parts(rows, train, least_rows)
+    size, num_larger = divmod(rows, num_parts)
+    ends = [number * size + min(number, num_larger) for number in range(num_parts + 1)]
+    return [range(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def _num_parts(rows: int, train: TrainConfig, least_rows: int) -> int:
+    if rows == train.batch:
+        return train.accumulate
+    # The smaller rest makes fewer micro-batches rather than single rows, of which BatchNorm has no variance.
+    return min(train.accumulate, rows // max(2, least_rows))

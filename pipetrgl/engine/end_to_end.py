@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipetrgl.config.schema import TrainConfig
+from pipetrgl.data import itinerary
 from pipetrgl.engine.loop import Hook
 from pipetrgl.engine.nonfinite import all_finite
 from pipetrgl.errors import DivergedError
@@ -155,11 +156,7 @@ class _Headless:
 
 def divided(batch: MicroBatch, train: TrainConfig) -> list[MicroBatch]:
     """The micro-batches of a step, as the itinerary of the other orders makes them."""
-    rows = batch.num_rows
-    parts = train.accumulate if rows == train.batch else min(train.accumulate, rows // 2)
-    size, num_larger = divmod(rows, parts)
-    ends = [(part + 1) * size + min(part + 1, num_larger) for part in range(parts)]
-    return [batch.share(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
+    return [batch.share(rows) for rows in itinerary.divided(batch.num_rows, train)]
 
 
 def scored(logits: Tensor) -> StageOutput:
