@@ -57,7 +57,7 @@ def plain(config: Config) -> Tensors:
                 for number, start in enumerate(range(0, total, train.batch)):
                     rows = order[start : start + train.batch]
                     images = crop_and_flip(data.train.read(rows), draws.at(rows), padding)
-                    z = torch.from_numpy(normalise(images, data.mean, data.std))
+                    z = torch.from_numpy(normalise(images, data.spec.mean, data.spec.std))
                     labels, places = torch.from_numpy(data.train.labels[rows]), torch.from_numpy(rows.copy())
                     batch = MicroBatch(
                         z, labels, places, Split.TRAIN, epoch, step, step, 0, len(rows), closes_step=True,
