@@ -10,6 +10,7 @@ from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.codecs import CODECS
 from pipetrgl.channels.delayed import DelayedInbox
 from pipetrgl.channels.threads import thread_link
+from pipetrgl.errors import LinkError
 from tests.contracts.test_channels import Channel, micro_batch, send_all
 
 
@@ -56,3 +57,17 @@ def test_a_micro_batch_on_the_cable_shares_no_memory_with_the_slot_it_came_from(
     inbox = DelayedInbox(OneSlot(), 0.05, 0.0, torch.Generator(), Alarm())
     assert [float(got.activation[0, 0]) for got in inbox] == [0.0, 1.0, 2.0]
     inbox.close()
+
+
+def test_what_is_still_on_its_way_is_late() -> None:
+    both = long_cable(delay_s=3600.0, cable=2)
+    assert isinstance(both.inbox, DelayedInbox)
+    both.outbox.send(micro_batch(0))
+    deadline = time.monotonic() + 20
+    while both.inbox._box.is_late:  # until it has left the thread link
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert both.inbox.is_late
+    both.alarm.ring(LinkError("over"))
+    assert not both.inbox.is_late
+    both.inbox.close()

@@ -14,7 +14,7 @@ from pipetrgl.config.schema import Config
 from tests.equivalence.runs import assert_equal_runs, metrics, run, tiny, weights
 from tests.equivalence.test_resume import without_logs
 
-SLOW_START = {"stage": 0, "step": 5, "action": "slow", "seconds": 0.02, "num_steps": 20}
+SLOW_START = {"stage": 0, "step": 5, "action": "slow", "seconds": 0.05, "num_steps": 20}
 
 
 def replay(folder: Path, launcher: str, replay: dict[str, int], /, **sections: Any) -> Config:
@@ -71,8 +71,9 @@ def test_a_slow_first_stage_is_what_it_would_be_and_those_behind_it_learn_more(
     assert any(name.startswith(blocks[1]) for name in different)
 
 
-def test_a_delayed_link_is_late_as_well(tmp_path: Path) -> None:
-    folder = run(replay(tmp_path, "threads", {}, channel={"delay_s": 0.02}, data={"samples": 72}))
+def test_behind_a_delayed_link_a_stage_learns_more_as_well(tmp_path: Path) -> None:
+    # a delay alone sets no pace: what is slow is stage 0, and tests/channels/test_delayed.py has what is on its way
+    folder = run(replay(tmp_path, "threads", {}, channel={"delay_s": 0.02}, launcher={"faults": [SLOW_START]}))
     assert result(folder)["stages"][1]["num_reused"] > 0
 
 
