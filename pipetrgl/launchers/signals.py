@@ -14,20 +14,29 @@ from pipetrgl.errors import Interrupted
 
 _STOP, _RELEASE = "stop", "release"
 _POLL_S = 0.05
+# One request may come as several signals: a scheduler sends one to every process of a job while its agent hands it on,
+# and Linux sends a parent-death signal again for every thread with which the parent dies.
+_ONE_REQUEST_S = 1.0
 
 
 def stop_on_signals(stop: threading.Event, say: Callable[[str], None] | None = None) -> None:
-    """Let SIGTERM and SIGUSR1 (Slurm's warning) ask for an end at the next step, with a checkpoint; a second one ends
-    the run at once.
+    """Let SIGTERM and SIGUSR1 (Slurm's warning) ask for an end at the next step, with a checkpoint; a second one, a
+    second later or more, ends the run at once.
 
     Args:
         stop: set by the first signal.
         say: told what the first signal does; called from the signal's handler.
     """
 
+    asked: float | None = None  # when; `stop` may also be set by another process that was asked
+
     def ask(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
+        nonlocal asked
+        if asked is not None:
+            if time.monotonic() - asked < _ONE_REQUEST_S:
+                return
             raise Interrupted(f"ended by {signal.Signals(number).name}")
+        asked = time.monotonic()
         stop.set()
         if say is not None:
             say(f"{signal.Signals(number).name}: saving a checkpoint and ending; a second signal ends the run at once")
