@@ -91,6 +91,11 @@ def encode(codec: Codec, activation: Activation) -> tuple[Tensor, ...]:
     )
 
 
+def encoded_bytes(codec: Codec, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, ...]:
+    """Of each wire tensor of a tensor of this shape."""
+    return tuple(part.nbytes for part in codec.encode(torch.empty(shape, dtype=dtype, device="meta")))
+
+
 def decode(codec: Codec, parts: tuple[Tensor, ...]) -> Activation:
     """The inverse of `encode`; a single tensor comes back as itself, not as a tuple of one."""
     groups = [parts[i : i + codec.num_parts] for i in range(0, len(parts), codec.num_parts)]

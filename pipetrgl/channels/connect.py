@@ -68,16 +68,20 @@ class Connector:
         device: torch.device,
         next_index: int,
         image: TensorSpec | None = None,
+        rooms: Sequence[int] = (),
     ) -> LinkInbox:
         """The receiving side of the link from `rank`, which is asked for micro-batch `next_index` first.
+
+        Args:
+            rooms: see `Connection`.
 
         Raises:
             LaunchError: that worker runs another config or version.
             LinkError: it did not come in time.
         """
-        peer = self._peer(rank, RECEIVER, terms, device)
+        peer = self._peer(rank, RECEIVER, terms, device, rooms)
         connection = peer.connect(next_index)
-        inbox = LinkInbox(connection, terms, self._site.alarm, self._neighbour(peer), expected, device, image)
+        inbox = LinkInbox(connection, terms, self._site.alarm, self._neighbour(peer), expected, device, image, rooms)
         self._inboxes.append(inbox)
         return inbox
 
@@ -113,8 +117,8 @@ class Connector:
         if self._default is not None:
             dist.destroy_process_group(self._default)
 
-    def _peer(self, rank: int, side: int, terms: LinkTerms, device: torch.device) -> Peer:
-        peer = Peer(self._site, rank, side, terms, device)
+    def _peer(self, rank: int, side: int, terms: LinkTerms, device: torch.device, rooms: Sequence[int] = ()) -> Peer:
+        peer = Peer(self._site, rank, side, terms, device, rooms)
         self._peers.append(peer)
         return peer
 

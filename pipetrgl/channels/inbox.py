@@ -35,6 +35,7 @@ class LinkInbox:
             compared with them.
         device: of the slots.
         image: as `expected`, of the image that micro-batches may carry as well; None: none ever comes.
+        rooms: as the connection's, which told the sender.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class LinkInbox:
         expected: Sequence[wire.TensorSpec],
         device: torch.device,
         image: wire.TensorSpec | None = None,
+        rooms: Sequence[int] = (),
     ) -> None:
         self._connection = connection
         self._terms = terms
@@ -56,7 +58,9 @@ class LinkInbox:
         self._next_index = connection.next_index
         self._words = np.empty(wire.HEADER_WORDS + terms.label_words, dtype=np.int64)
         self._header = torch.from_numpy(self._words)
-        self._slots = [_Slot(device) for _ in range(terms.capacity)]
+        self._reader = wire.Reader(terms.run_id)
+        self._accepted: wire.Layout | None = None
+        self._rings = [_Ring(terms.capacity, device, room) for room in (*rooms, *[0] * (wire.MAX_TENSORS - len(rooms)))]
         self._box = Mailbox(terms.capacity, alarm, terms.timeout_s, terms.sender, terms.receiver)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._receive, name=f"from {terms.sender}", daemon=True)
@@ -73,7 +77,7 @@ class LinkInbox:
     @property
     def slot_bytes(self) -> int:
         """Memory of all slots."""
-        return sum(slot.nbytes for slot in self._slots)
+        return sum(ring.nbytes for ring in self._rings)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         slot = 0  # slots are filled and freed in turn, so counting names the slot
@@ -118,19 +122,30 @@ class LinkInbox:
 
     def _take_from(self, connection: Connection, slot: int) -> MicroBatch | None:
         with lost_if_broken(self._terms.sender):
-            connection.group.recv([self._header], SENDER, HEADER_TAG).wait(FOREVER)
-        header = wire.read(self._words, self._terms.run_id)
+            coming = connection.group.recv([self._header], SENDER, HEADER_TAG)
+            connection.line.expect(self._ready())
+            coming.wait(FOREVER)
+        header = self._reader.read(self._words)
         if header.kind is wire.Kind.END:
             self._next_index += 1
             return None
         self._check(header)
-        buffers = self._slots[slot].views(header.tensors)
+        buffers = tuple(ring.take(spec) for ring, spec in zip(self._rings, header.layout.tensors, strict=False))
         with lost_if_broken(self._terms.sender):
             connection.line.fill(slot, buffers)
         with connection.line.decoding(slot):
-            micro_batch = unpacked(self._terms.codec, header.labelled, buffers, header.has_image)
+            micro_batch = unpacked(self._terms.codec, header.labelled, buffers, header.layout.has_image)
         self._next_index += 1
         return micro_batch
+
+    def _ready(self) -> list[Tensor]:
+        """Buffers of the first payload tensors: of as many as have come before."""
+        buffers: list[Tensor] = []
+        for ring in self._rings:
+            if (buffer := ring.ready()) is None:
+                break
+            buffers.append(buffer)
+        return buffers
 
     def _answer_until_closed(self) -> None:
         """After the end, a replaced sender must still be told that nothing more is wanted."""
@@ -145,13 +160,16 @@ class LinkInbox:
         where = f"{terms.receiver}, step {batch.step}"
         if batch.index != self._next_index:
             raise LinkError(f"{where}: got micro-batch {batch.index} from {terms.sender}, expected {self._next_index}")
-        if header.codec != terms.codec.code:
-            raise LinkError(f"{where}: got codec {header.codec} from {terms.sender}, expected {terms.codec.code}")
-        specs = self._with_image if header.has_image else self._expected
+        layout = header.layout
+        if layout is self._accepted:
+            return
+        if layout.codec != terms.codec.code:
+            raise LinkError(f"{where}: got codec {layout.codec} from {terms.sender}, expected {terms.codec.code}")
+        specs = self._with_image if layout.has_image else self._expected
         count = len(specs) * terms.codec.num_parts
-        if self._expected and len(header.tensors) not in (0, count):  # 0: a tick
-            raise LinkError(f"{where}: got {len(header.tensors)} tensors from {terms.sender}, expected {count}")
-        for place, (expected, got) in enumerate(zip(specs, header.tensors[:: terms.codec.num_parts], strict=False)):
+        if self._expected and len(layout.tensors) not in (0, count):  # 0: a tick
+            raise LinkError(f"{where}: got {len(layout.tensors)} tensors from {terms.sender}, expected {count}")
+        for place, (expected, got) in enumerate(zip(specs, layout.tensors[:: terms.codec.num_parts], strict=False)):
             want = wire.TensorSpec((batch.num_rows, *expected.shape), expected.dtype)
             if got != want:
                 what = "activation" if place < len(self._expected) else "image"
@@ -159,39 +177,64 @@ class LinkInbox:
                     f"{where}: got {what} {got} from {terms.sender}, expected {want}; "
                     "the workers were started from different configs"
                 )
+        self._accepted = layout
 
 
 @final
-class _Slot:
-    """Reused memory for one micro-batch; grows to the largest that ever came."""
+class _Ring:
+    """Reused memory for one payload tensor of each micro-batch: `capacity` buffers, filled in turn.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._storage: list[Tensor] = []
-        self._specs: tuple[wire.TensorSpec, ...] = ()
-        self._views: tuple[Tensor, ...] = ()
+    A micro-batch without that tensor, as a tick, leaves the turn to the next one. So a buffer was last used at least
+    `capacity` micro-batches ago, and is free when the slot of this micro-batch is.
+
+    Args:
+        room: bytes of the largest tensor that can come; 0: unknown, buffers grow.
+    """
+
+    def __init__(self, capacity: int, device: torch.device, room: int) -> None:
+        self._buffers = [_Buffer(device) for _ in range(capacity)]
+        self._room = room
+        self._turn = 0
+        self._used = False
 
     @property
     def nbytes(self) -> int:
-        return sum(storage.numel() for storage in self._storage)
+        return sum(buffer.storage.numel() for buffer in self._buffers)
 
-    def views(self, specs: tuple[wire.TensorSpec, ...]) -> tuple[Tensor, ...]:
-        """Fresh tensors of these shapes over the slot's memory; the same memory for the same specs."""
-        if specs != self._specs:
-            self._specs, self._views = specs, self._laid_out(specs)
-        # a stage may make what it gets a part of its graph: never the same tensor twice
-        return tuple(view.detach() for view in self._views)
+    def ready(self) -> Tensor | None:
+        """The whole buffer whose turn it is; None before a first tensor has come, or where its room is not known."""
+        if not self._used or self._room == 0:
+            return None
+        return self._buffers[self._turn].with_room(self._room)
 
-    def _laid_out(self, specs: Sequence[wire.TensorSpec]) -> tuple[Tensor, ...]:
-        while len(self._storage) < len(specs):
-            self._storage.append(torch.empty(0, dtype=torch.uint8, device=self._device))
-        views = []
-        for position, spec in enumerate(specs):
-            size = math.prod(spec.shape) * spec.dtype.itemsize
-            if self._storage[position].numel() < size:
-                self._storage[position] = torch.empty(size, dtype=torch.uint8, device=self._device)
-            views.append(self._storage[position][:size].view(spec.dtype).view(spec.shape))
-        return tuple(views)
+    def take(self, spec: wire.TensorSpec) -> Tensor:
+        """A fresh tensor over the buffer whose turn it is, which passes on."""
+        buffer = self._buffers[self._turn]
+        self._used, self._turn = True, (self._turn + 1) % len(self._buffers)
+        return buffer.view(spec, self._room)
+
+
+@final
+class _Buffer:
+    """The same memory for the same size; grows to the largest that ever came."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.storage = torch.empty(0, dtype=torch.uint8, device=device)
+        self._spec: wire.TensorSpec | None = None
+        self._view = self.storage
+
+    def with_room(self, num_bytes: int) -> Tensor:
+        if self.storage.numel() < num_bytes:
+            self.storage = torch.empty(num_bytes, dtype=torch.uint8, device=self.storage.device)
+            self._spec = None
+        return self.storage
+
+    def view(self, spec: wire.TensorSpec, room: int) -> Tensor:
+        size = math.prod(spec.shape) * spec.dtype.itemsize
+        storage = self.with_room(max(size, room))
+        if spec != self._spec:
+            self._spec, self._view = spec, storage[:size].view(spec.dtype).view(spec.shape)
+        return self._view.detach()  # a stage may make what it gets a part of its graph: never the same tensor twice
 
 
 def _encoded(codec: Codec, specs: Sequence[wire.TensorSpec]) -> tuple[wire.TensorSpec, ...]:

@@ -58,11 +58,14 @@ class Connection:
         group: of the two, for headers.
         line: for payload.
         next_index: the micro-batch that the receiver wants next.
+        rooms: bytes that the receiver has ready at most for each payload tensor; gloo ends a process that gets more.
+            Empty: it learns the size from the header first.
     """
 
     group: ProcessGroup
     line: PayloadLine
     next_index: int
+    rooms: tuple[int, ...] = ()
 
 
 class Neighbour(Protocol):

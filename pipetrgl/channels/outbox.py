@@ -12,7 +12,7 @@ from pipetrgl.channels.c10d import RECEIVER
 from pipetrgl.channels.codecs import payload
 from pipetrgl.channels.link import HEADER_TAG, LOOK_S, Connection, LinkTerms, LostPeerError, Neighbour, lost_if_broken
 from pipetrgl.channels.replay import ReplayLog, Sent
-from pipetrgl.errors import ReplayGapError
+from pipetrgl.errors import LinkError, ReplayGapError
 from pipetrgl.microbatch import MicroBatch
 
 
@@ -55,6 +55,7 @@ class LinkOutbox:
         self._alarm = alarm
         self._neighbour = neighbour
         self._log = log
+        self._writer = wire.Writer(terms.codec.code, terms.run_id, terms.label_words)
         self._condition = threading.Condition()
         self._posted: _Posted | None = None
         self._healing = False
@@ -68,17 +69,15 @@ class LinkOutbox:
         self._thread.start()
 
     def send(self, micro_batch: MicroBatch) -> None:
-        terms = self._terms
-        parts = tuple(part.contiguous() for part in payload(terms.codec, micro_batch))
-        header = wire.write(micro_batch, parts, terms.codec.code, terms.run_id, terms.label_words)
-        self._hand_over(Sent.now(micro_batch.index, micro_batch.step, header, parts))
+        parts = tuple(part.contiguous() for part in payload(self._terms.codec, micro_batch))
+        self._hand_over(Sent.now(micro_batch.index, micro_batch.step, self._writer.write(micro_batch, parts), parts))
 
     def close(self) -> None:
         if self._ended:
             return
         self._ended = True
         index = self.received_index + 1 if self._next is None else self._next
-        self._hand_over(Sent.now(index, -1, wire.write_end(self._terms.run_id, self._terms.label_words), ()))
+        self._hand_over(Sent.now(index, -1, self._writer.end(), ()))
         with self._condition:
             self._wait_until_idle()
 
@@ -121,7 +120,13 @@ class LinkOutbox:
             self._condition.notify_all()
 
     def _post(self, sent: Sent, connection: Connection) -> _Posted:
-        self.sent_bytes += sum(part.nbytes for part in sent.parts)
+        sizes = [part.nbytes for part in sent.parts]
+        self.sent_bytes += sum(sizes)
+        if any(size > room for size, room in zip(sizes, connection.rooms, strict=False)):
+            raise LinkError(
+                f"step {sent.step}: tensors of {sizes} bytes for {self._terms.receiver}, which expects "
+                f"{list(connection.rooms)} at most; the workers were started from different configs"
+            )
         try:
             with lost_if_broken(self._terms.receiver):
                 header_work = connection.group.send([sent.header], RECEIVER, HEADER_TAG)

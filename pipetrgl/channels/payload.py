@@ -2,6 +2,12 @@
 
 The header of a micro-batch always travels on the CPU line first, and is taken only when the receiver has a free slot.
 So a delivered header is a credit, and these lines never send without one.
+
+    receiver, with a free slot: ready for the header, and for a payload of the largest size ─▶ sender
+    sender: header, payload ─▶ receiver: one thread wakes, once
+
+Each payload tensor of a micro-batch has a tag of its own, so that a receive that was posted ahead for one that this
+micro-batch lacks, as a tick does, waits for the next that has it.
 """
 
 from __future__ import annotations
@@ -18,11 +24,14 @@ from torch.distributed import ProcessGroup
 
 # An expired wait would kill the connection for good, so gloo waits practically for ever: heartbeats decide who is dead.
 FOREVER = timedelta(days=365)
-_PAYLOAD_TAG = 1
+_PAYLOAD_TAG = 16  # of the first payload tensor, then one more for each
 
 
 class PayloadLine(Protocol):
-    """One direction of one link; `post`, `before_use`, `after_use` run in the stage's thread, others in the link's."""
+    """One direction of one link; `post`, `before_use`, `after_use` run in the stage's thread, others in the link's.
+
+    `buffers` are those of the payload tensors in their order.
+    """
 
     def post(self, parts: Sequence[Tensor]) -> Any:
         """Make `parts` ready to go, right after the header was posted; returns what `complete` needs."""
@@ -30,8 +39,11 @@ class PayloadLine(Protocol):
     def complete(self, header: Any, posted: Any) -> None:
         """Return when the header, work on its way, was taken and `parts` may be freed."""
 
+    def expect(self, buffers: Sequence[Tensor]) -> None:
+        """Before a header has come: what follows it will be received into these, each as large as it can get."""
+
     def fill(self, slot: int, buffers: Sequence[Tensor]) -> None:
-        """Receive into the buffers of a slot."""
+        """Receive into the buffers of a slot, or wait for what was expected in the same memory."""
 
     def decoding(self, slot: int) -> AbstractContextManager[None]:
         """Around the decoding of a filled slot, in the link's thread."""
@@ -50,17 +62,30 @@ class GlooLine:
     def __init__(self, group: ProcessGroup, peer: int) -> None:
         self._group = group
         self._peer = peer
+        self._expected: dict[int, Any] = {}  # place in the payload -> work
 
     def post(self, parts: Sequence[Tensor]) -> Any:
-        return [self._group.send([part], self._peer, _PAYLOAD_TAG) for part in parts]
+        return [self._group.send([part], self._peer, _PAYLOAD_TAG + place) for place, part in enumerate(parts)]
 
     def complete(self, header: Any, posted: Any) -> None:
         for work in (*reversed(posted), header):  # the last first: once it is done the others are, and wake nobody
             work.wait(FOREVER)
 
+    def expect(self, buffers: Sequence[Tensor]) -> None:
+        for place, buffer in enumerate(buffers):
+            if place not in self._expected:
+                self._expected[place] = self._receive(place, buffer)
+
     def fill(self, slot: int, buffers: Sequence[Tensor]) -> None:
-        for work in [self._group.recv([buffer], self._peer, _PAYLOAD_TAG) for buffer in buffers]:
+        works = [
+            self._expected.pop(place) if place in self._expected else self._receive(place, buffer)
+            for place, buffer in enumerate(buffers)
+        ]
+        for work in works:
             work.wait(FOREVER)
+
+    def _receive(self, place: int, buffer: Tensor) -> Any:
+        return self._group.recv([buffer], self._peer, _PAYLOAD_TAG + place)
 
     def decoding(self, slot: int) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -100,10 +125,13 @@ class NcclLine:
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
             for part in parts:
-                self._group.send([part], self._peer, _PAYLOAD_TAG).wait()
+                self._group.send([part], self._peer, _PAYLOAD_TAG).wait()  # NCCL keeps the order and knows no tags
             sent = _event()
             sent.record(self._stream)
         sent.synchronize()  # in the link's thread, so `parts` outlive the copy without record_stream
+
+    def expect(self, buffers: Sequence[Tensor]) -> None:
+        """Nothing: a receive that waits for a tensor which may not come would hold the stream."""
 
     def fill(self, slot: int, buffers: Sequence[Tensor]) -> None:
         with torch.cuda.stream(self._stream):

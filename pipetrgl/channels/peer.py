@@ -27,7 +27,7 @@ from pipetrgl.channels.c10d import (
 )
 from pipetrgl.channels.link import Connection, LinkTerms, LostPeerError
 from pipetrgl.channels.payload import FOREVER, GlooLine, NcclLine, PayloadLine
-from pipetrgl.channels.wire import PROTOCOL
+from pipetrgl.channels.wire import MAX_TENSORS, PROTOCOL
 from pipetrgl.errors import LaunchError, LinkError
 
 _CLOCK_TAG, _WANTED_TAG = 9, 8
@@ -107,14 +107,18 @@ class Peer:
         side: SENDER or RECEIVER, this worker's.
         terms: of the link.
         device: of the payload.
+        rooms: of this side, if it is the receiver; see `Connection`.
     """
 
-    def __init__(self, site: Site, rank: int, side: int, terms: LinkTerms, device: torch.device) -> None:
+    def __init__(
+        self, site: Site, rank: int, side: int, terms: LinkTerms, device: torch.device, rooms: Sequence[int] = ()
+    ) -> None:
         self._site = site
         self._rank = rank
         self._side = side
         self._terms = terms
         self._device = device
+        self._rooms = tuple(rooms)
         self._name = terms.receiver if side == SENDER else terms.sender
         self._open_to = -1  # incarnation of the worker that the link was last opened to
         self._newest = 0  # incarnation that is known to be on its way
@@ -169,8 +173,8 @@ class Peer:
             self._lead_clock(group)
         else:
             self._follow_clock(group)
-        wanted = self._agree_on_next(group, next_index)
-        return Connection(group, self._line(group, store), wanted)
+        wanted, rooms = self._agree(group, next_index)
+        return Connection(group, self._line(group, store), wanted, rooms)
 
     def _await_hello(self) -> dict[str, Any]:
         what = f"{self._name} to start; does it run, and reach the store?"
@@ -185,15 +189,17 @@ class Peer:
                 raise LinkError(f"waited {self._site.timeout_s:.0f} s for {what}")
             time.sleep(_POLL_S)
 
-    def _agree_on_next(self, group: ProcessGroup, next_index: int) -> int:
-        """The receiver says what it wants next; both sides return it."""
-        wanted = torch.tensor([next_index])
+    def _agree(self, group: ProcessGroup, next_index: int) -> tuple[int, tuple[int, ...]]:
+        """The receiver says what it wants next, and its rooms; both sides return them."""
+        words = [next_index, *self._rooms]
+        wanted = torch.tensor([*words, *[-1] * (1 + MAX_TENSORS - len(words))])
         what = f"word from {self._name} about where the stream goes on"
         if self._side == RECEIVER:
             self._finish(lambda: group.send([wanted], SENDER, _WANTED_TAG).wait(FOREVER), what)
         else:
             self._finish(lambda: group.recv([wanted], RECEIVER, _WANTED_TAG).wait(FOREVER), what)
-        return int(wanted)
+        wanted_index, *rooms = wanted.tolist()
+        return wanted_index, tuple(room for room in rooms if room >= 0)
 
     def _line(self, group: ProcessGroup, store: Store) -> PayloadLine:
         other = 1 - self._side

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.board import Board
-from pipetrgl.channels.codecs import CODECS
+from pipetrgl.channels.codecs import CODECS, encoded_bytes
 from pipetrgl.channels.connect import Connector
 from pipetrgl.channels.contracts import Inbox, OneReplica, Outbox, ReplicaGroup
 from pipetrgl.channels.link import LinkTerms
@@ -74,11 +74,14 @@ class StoreLinks:
         expected = [TensorSpec(self._blueprint.input_shape(place.stage), torch.float32)]
         shape = self._blueprint.image_shape(place.stage)
         image = None if shape is None else TensorSpec(shape, torch.float32)
+        senders = self._blueprint.world.senders(place)
+        # a share's largest part would have to be known: it is learned from the header instead
+        rooms = self._rooms(place) if len(senders) == self._blueprint.world.replicas[place.stage] == 1 else ()
         inboxes = [
             self._connector.inbox(
-                sender.rank, self._terms(sender, place), expected, self._member.device, self._first_index, image
+                sender.rank, self._terms(sender, place), expected, self._member.device, self._first_index, image, rooms
             )
-            for sender in self._blueprint.world.senders(place)
+            for sender in senders
         ]
         return join(inboxes)
 
@@ -96,6 +99,14 @@ class StoreLinks:
         size, timeout_s = self._blueprint.world.size, self._blueprint.config.channel.wait_timeout_s
         sums = self._connector.replicas(range(size), place.rank, self._member.device, timeout_s, "the stages")
         return self._connector.everyone(place.rank, size, timeout_s), sums
+
+    def _rooms(self, place: Place) -> tuple[int, ...]:
+        """Bytes of the largest payload tensors that a whole micro-batch can bring, images in training only."""
+        blueprint, codec = self._blueprint, CODECS[self._blueprint.config.channel.codec]
+        rooms = encoded_bytes(codec, (blueprint.max_rows, *blueprint.input_shape(place.stage)), torch.float32)
+        if (image := blueprint.image_shape(place.stage)) is None:
+            return rooms
+        return rooms + encoded_bytes(codec, (blueprint.training_rows, *image), torch.float32)
 
     def _terms(self, sender: Place, receiver: Place) -> LinkTerms:
         channel = self._blueprint.config.channel

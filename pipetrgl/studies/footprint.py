@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from pipetrgl.blueprint import Blueprint, draw_up
-from pipetrgl.channels.codecs import CODECS, Plain, encode
+from pipetrgl.channels.codecs import CODECS, Plain, encoded_bytes
 from pipetrgl.config.schema import Config, TransportConfig
 from pipetrgl.data.dataset import DataSpec
 from pipetrgl.microbatch import MicroBatch, Split
@@ -106,13 +106,13 @@ def footprint(config: Config, spec: DataSpec, num_micro_batches: int | None = No
     num_micro = num_micro_batches or config.pipeline.stages
     run = dataclasses.replace(variants[0], config=config)  # whose objective says what the links carry
     stages = tuple(_stage_footprint(run, variants, k, num_micro) for k in range(config.pipeline.stages))
-    name, rows = variants[0].network.name, _training_rows(config)
+    name, rows = variants[0].network.name, variants[0].training_rows
     return Footprint(name, rows, num_micro, _end_to_end(variants[0]), stages, config.train.cache)
 
 
 def _stage_footprint(run: Blueprint, variants: Sequence[Blueprint], k: int, num_micro_batches: int) -> StageFootprint:
     vangl, identity, stored = variants
-    rows, share = _training_rows(vangl.config), math.ceil(vangl.config.train.batch / num_micro_batches)
+    rows, share = vangl.training_rows, math.ceil(vangl.config.train.batch / num_micro_batches)
     last = k == vangl.num_stages - 1
     stage = build_stage(vangl, k, _CPU)
     count = _counter(stage, vangl)
@@ -179,7 +179,7 @@ def link_bytes(blueprint: Blueprint, stage: int) -> int:
     A codec other than fp32 also needs what it decoded. Stage 0's inbox is the loader with its prepared batches. Images
     ride in training only.
     """
-    config, rows, train_rows = blueprint.config, _largest_rows(blueprint), _training_rows(blueprint.config)
+    config, rows, train_rows = blueprint.config, blueprint.max_rows, blueprint.training_rows
     codec = config.channel.codec
     if stage == 0:
         network = blueprint.network
@@ -220,7 +220,7 @@ def _variant(config: Config, spec: DataSpec, name: str) -> Blueprint:
 def _end_to_end(vangl: Blueprint) -> StageFootprint:
     whole = undivided(vangl)
     stage = build_stage(whole, 0, _CPU)
-    saved = _counter(stage, whole)(_training_rows(vangl.config)).total
+    saved = _counter(stage, whole)(vangl.training_rows).total
     return StageFootprint(
         span=stage.span,
         vangl=saved,
@@ -273,28 +273,13 @@ def _micro_batch(blueprint: Blueprint, stage: int, rows: int) -> MicroBatch:
     )
 
 
-def _training_rows(config: Config) -> int:
-    return math.ceil(config.train.batch / config.train.accumulate)
-
-
-def _largest_rows(blueprint: Blueprint) -> int:
-    """Of any micro-batch that the stream really carries."""
-    config, spec = blueprint.config, blueprint.spec
-    rows = [_training_rows(config)]
-    if config.evaluate.valid_every > 0 or config.evaluate.at_start:
-        rows.append(min(config.evaluate.batch, spec.num_valid))
-    if config.evaluate.test_at_end:
-        rows.append(min(config.evaluate.batch, spec.num_test))
-    return max(rows)
-
-
 def _slot_bytes(shape: tuple[int, ...], codec: str) -> int:
     decoded = 0 if isinstance(CODECS[codec], Plain) else _bytes_of(shape)
     return _encoded_bytes(shape, codec) + decoded
 
 
 def _encoded_bytes(shape: tuple[int, ...], codec: str) -> int:
-    return sum(part.nbytes for part in encode(CODECS[codec], torch.empty(shape, device="meta")))
+    return sum(encoded_bytes(CODECS[codec], shape, torch.float32))
 
 
 def _bytes_of(shape: tuple[int, ...]) -> int:

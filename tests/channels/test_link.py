@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 
 import pytest
 import torch
@@ -47,11 +48,14 @@ def link(
     expected: tuple[wire.TensorSpec, ...] = (),
     next_index: int = 0,
     image: wire.TensorSpec | None = None,
+    rooms: tuple[int, ...] = (),
 ) -> tuple[LinkOutbox, LinkInbox, Alarm]:
-    sender, receiver = (Connection(group, GlooLine(group, 1 - side), next_index) for side, group in enumerate(groups()))
+    sender, receiver = (
+        Connection(group, GlooLine(group, 1 - side), next_index, rooms) for side, group in enumerate(groups())
+    )
     alarm = Alarm()
     terms = LinkTerms(7, capacity, CODECS["fp32"], 32, 20.0, "stage 0 (rank 0)", "stage 1 (rank 1)")
-    inbox = LinkInbox(receiver, terms, alarm, Irreplaceable(), expected, torch.device("cpu"), image)
+    inbox = LinkInbox(receiver, terms, alarm, Irreplaceable(), expected, torch.device("cpu"), image, rooms)
     return LinkOutbox(sender, terms, alarm, Irreplaceable(), ReplayLog(0)), inbox, alarm
 
 
@@ -70,6 +74,47 @@ def test_slots_take_capacity_activations_and_no_more() -> None:
     inbox.close()
     assert len(addresses) == 3
     assert inbox.slot_bytes == 3 * 4 * 8 * 4
+
+
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_what_was_expected_ahead_waits_for_the_next_that_has_it(capacity: int) -> None:
+    """Smaller ones, ticks, images that only some carry: each arrives as it was sent, while older ones are in use."""
+    row = wire.TensorSpec((8,), torch.float32), wire.TensorSpec((1, 2, 2), torch.float32)
+    outbox, inbox, _ = link(capacity, row[:1], image=row[1], rooms=(6 * 8 * 4, 6 * 4 * 4))
+    random = torch.Generator().manual_seed(0)
+    batches = []
+    for index, (rows, kind) in enumerate(zip(*torch.randint(0, 6, (2, 60), generator=random).tolist(), strict=True)):
+        one = micro_batch(index, torch.randn(rows + 1, 8, generator=random))
+        image = torch.randn(rows + 1, 1, 2, 2, generator=random)
+        batches.append(one.as_tick() if kind == 0 else one.beside(image) if kind < 3 else one)
+
+    def work() -> None:
+        for one in batches:
+            outbox.send(one)
+        outbox.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    addresses = set()
+    for sent, got in zip(batches, inbox, strict=True):
+        addresses.update(tensor.data_ptr() for tensor in got.tensors)
+        time.sleep(0.002)  # what comes behind it is being received meanwhile
+        assert len(got.tensors) == len(sent.tensors)
+        assert all(torch.equal(*pair) for pair in zip(got.tensors, sent.tensors, strict=True))
+    thread.join()
+    inbox.close()
+    assert len(addresses) == 2 * capacity
+    assert inbox.slot_bytes == capacity * (6 * 8 * 4 + 6 * 4 * 4)
+
+
+def test_a_tensor_for_which_the_receiver_has_no_room_is_not_sent() -> None:
+    outbox, inbox, _ = link(rooms=(4 * 8 * 4,))
+    with pytest.raises(
+        LinkError, match=r"step 0: tensors of \[160\] bytes for stage 1 .*, which expects \[128\] at most"
+    ):
+        outbox.send(micro_batch(0, torch.zeros(5, 8)))
+    outbox.let_go()
+    inbox.close()
 
 
 def test_a_change_in_place_while_sending_is_detected() -> None:
@@ -115,26 +160,43 @@ def test_a_micro_batch_out_of_order_is_refused() -> None:
 def test_a_header_reads_back_as_written() -> None:
     sent = micro_batch(9, torch.zeros(2, 3))
     sent = dataclasses.replace(sent, split=Split.VALID, epoch=4, closes_split=True, closes_phase=True)
-    header = wire.read(wire.write(sent, [sent.activation], codec=2, run_id=7, words=10).numpy(), run_id=7)
-    assert header.tensors == (wire.TensorSpec((2, 3), torch.float32),)
-    assert (header.codec, header.kind) == (2, wire.Kind.DATA)
+    header = wire.Reader(7).read(wire.Writer(codec=2, run_id=7, words=10).write(sent, [sent.activation]).numpy())
+    assert header.layout == wire.Layout(2, (wire.TensorSpec((2, 3), torch.float32),), False, (2,))
+    assert header.kind is wire.Kind.DATA
     flags = ("closes_step", "closes_split", "closes_phase")
     for field in ("split", "epoch", "step", "index", "row_start", "batch_rows", *flags):
         assert getattr(header.labelled, field) == getattr(sent, field)
 
 
+def test_a_layout_is_written_and_read_anew_only_where_it_changes() -> None:
+    writer, reader = wire.Writer(codec=0, run_id=7, words=16), wire.Reader(7)
+    whole, last = (micro_batch(index, torch.zeros(rows, 3)) for index, rows in enumerate((4, 2)))
+    image = dataclasses.replace(whole, image=torch.zeros(4, 1, 2, 2), share_of=range(4, 9))
+    stream = [whole, whole, last, image, last.as_tick(), whole]
+    headers = [reader.read(writer.write(one, () if one.is_tick else one.tensors).numpy()) for one in stream]
+    assert headers[1].layout is headers[0].layout
+    wanted = [[(4, 3)], [(4, 3)], [(2, 3)], [(4, 3), (4, 1, 2, 2)], [], [(4, 3)]]
+    assert [[spec.shape for spec in header.layout.tensors] for header in headers] == wanted
+    assert [header.layout.has_image for header in headers] == [False, False, False, True, False, False]
+    assert [header.labelled.share_of for header in headers] == [None, None, None, range(4, 9), None, None]
+    for header, one in zip(headers, stream, strict=True):
+        assert torch.equal(header.labelled.target, one.target)
+        assert torch.equal(header.labelled.positions, one.positions)
+
+
 def test_a_header_of_another_run_or_version_is_refused() -> None:
-    header = wire.write_end(run_id=7, words=0).numpy()
+    header = wire.Writer(0, 7, 0).end().numpy()
+    assert wire.Reader(7).read(header).kind is wire.Kind.END
     with pytest.raises(LinkError, match="another run"):
-        wire.read(header, run_id=8)
+        wire.Reader(8).read(header)
     header[0] = 99
     with pytest.raises(LinkError, match="wire protocol 99"):
-        wire.read(header, run_id=7)
+        wire.Reader(7).read(header)
 
 
 def test_more_labels_than_agreed_are_refused() -> None:
     with pytest.raises(LinkError, match="4 rows of labels do not fit the 7 words"):
-        wire.write(micro_batch(0, torch.zeros(4, 1)), [torch.zeros(4, 1)], codec=0, run_id=0, words=7)
+        wire.Writer(0, 0, words=7).write(micro_batch(0, torch.zeros(4, 1)), [torch.zeros(4, 1)])
 
 
 def test_int8_quarters_and_bf16_halves_the_bytes() -> None:

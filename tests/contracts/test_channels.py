@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -48,7 +49,9 @@ def open_threads(capacity: int = 2, codec: Codec = CODECS["fp32"], timeout_s: fl
     return Channel(*thread_link(capacity, codec, alarm, timeout_s), alarm)
 
 
-def open_gloo(capacity: int = 2, codec: Codec = CODECS["fp32"], timeout_s: float = 20.0) -> Channel:
+def open_gloo(
+    capacity: int = 2, codec: Codec = CODECS["fp32"], timeout_s: float = 20.0, rooms: tuple[int, ...] = ()
+) -> Channel:
     """A real link, its two sides in two threads' hands."""
     store, alarm = HashStore(), Alarm()
     groups: dict[int, ProcessGroup] = {}
@@ -63,9 +66,17 @@ def open_gloo(capacity: int = 2, codec: Codec = CODECS["fp32"], timeout_s: float
         thread.join()
     terms = LinkTerms(7, capacity, codec, label_words(64), timeout_s, "stage 0 (rank 0)", "stage 1 (rank 1)")
     return Channel(
-        LinkOutbox(Connection(groups[0], GlooLine(groups[0], 1), 0), terms, alarm, Irreplaceable(), ReplayLog(0)),
+        LinkOutbox(
+            Connection(groups[0], GlooLine(groups[0], 1), 0, rooms), terms, alarm, Irreplaceable(), ReplayLog(0)
+        ),
         LinkInbox(
-            Connection(groups[1], GlooLine(groups[1], 0), 0), terms, alarm, Irreplaceable(), [], torch.device("cpu")
+            Connection(groups[1], GlooLine(groups[1], 0), 0),
+            terms,
+            alarm,
+            Irreplaceable(),
+            [],
+            torch.device("cpu"),
+            rooms=rooms,
         ),
         alarm,
     )
@@ -86,7 +97,13 @@ def open_replaying(capacity: int = 2, codec: Codec = CODECS["fp32"], timeout_s: 
     return Channel(inner.outbox, ReplayingInbox(inner.inbox, size=3, max_reuse=1), inner.alarm)
 
 
-KINDS = {"threads": open_threads, "gloo": open_gloo, "delayed": open_delayed, "replaying": open_replaying}
+KINDS = {
+    "threads": open_threads,
+    "gloo": open_gloo,
+    "gloo, expecting": partial(open_gloo, rooms=(2**20, 2**20)),
+    "delayed": open_delayed,
+    "replaying": open_replaying,
+}
 
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
