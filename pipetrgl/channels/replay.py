@@ -71,8 +71,10 @@ class ReplayLog:
 
     def add(self, sent: Sent) -> None:
         """Keep `sent`, which follows the one before; the oldest are let go where there is no room."""
-        self._kept.append(sent)
         self._next = sent.index + 1
+        if self._max_bytes == 0:
+            return
+        self._kept.append(sent)
         self.num_bytes += sent.num_bytes
         while self.num_bytes > self._max_bytes:
             self._drop_oldest()
