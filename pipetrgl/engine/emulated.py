@@ -72,6 +72,8 @@ class Device:
 
     def take(self, seconds: float) -> None:
         """Return once a computation of `seconds` that begins now would be done."""
+        if seconds <= 0:
+            return  # no computation: what the last one was late is still to be made up for
         end = self._clock() + max(0.0, seconds - self._late_s)
         while (left := end - self._clock()) > 0:
             self._sleep(left)

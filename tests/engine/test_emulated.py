@@ -108,6 +108,16 @@ def test_a_computation_is_as_much_shorter_as_the_one_before_was_late() -> None:
     assert ends == [1.25, 2.25, 3.25]
 
 
+def test_an_update_that_takes_no_time_changes_nothing_of_that() -> None:
+    clock = Clock(late_s=0.25)
+    device, ends = clock.device(), []
+    for _ in range(3):
+        device.take(1.0)
+        device.take(0.0)
+        ends.append(clock.now - 100.0)
+    assert ends == [1.25, 2.25, 3.25]
+
+
 def test_what_the_engine_does_between_two_computations_counts_in_full() -> None:
     clock = Clock(late_s=0.25)
     device, ends = clock.device(), []
