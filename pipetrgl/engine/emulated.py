@@ -45,6 +45,8 @@ class Times:
 
         A function of the seed, the stage and the place in the stream: every run of a config has the same.
         """
+        if self._jitter == 0:
+            return 1.0
         part, place = divmod(index, NUM_DRAWS)
         return 1 + self._jitter * float(self._draws(part)[place])
 
