@@ -125,6 +125,10 @@ def simulate(
     *,
     workers: Annotated[int | None, typer.Option(min=1, help="Plan anew for so many, from the plan's profile.")] = None,
     repeat: Annotated[int, typer.Option(min=1, help="The stages so many times in a row: a deeper network.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Rows of a micro-batch; costs in proportion.")
+    ] = None,
+    speed: Annotated[float, typer.Option(min=1e-6, help="Of every device, times that of the profiled one.")] = 1.0,
     capacity: Annotated[int | None, typer.Option(min=1, help="Slots of each link.")] = None,
     batches: Annotated[int, typer.Option(min=2, help="Micro-batches.")] = 1000,
     link_gbps: Annotated[
@@ -134,7 +138,7 @@ def simulate(
     straggler: Annotated[list[str] | None, typer.Option(help="stage:factor, 3:1.5 makes stage 3 slower.")] = None,
 ) -> None:
     """Say what the stages of a plan would give on other links or with other workers; trains nothing."""
-    changes = what_if.Changes(workers, repeat, capacity, link_gbps, jitter, tuple(straggler or ()))
+    changes = what_if.Changes(workers, repeat, batch, speed, capacity, link_gbps, jitter, tuple(straggler or ()))
     print(what_if.answer(read_plan(plan), batches, changes))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 
@@ -40,6 +40,16 @@ class Cost:
             self.gradient_bytes + other.gradient_bytes,
         )
 
+    def scaled(self, rows: float, speed: float) -> Cost:
+        """Of `rows` times as many rows on a worker `speed` times as fast."""
+        return replace(
+            self,
+            forward_s=self.forward_s * rows / speed,
+            backward_s=self.backward_s * rows / speed,
+            update_s=self.update_s / speed,
+            saved_bytes=round(self.saved_bytes * rows),
+        )
+
 
 @final
 @dataclass(frozen=True)
@@ -66,6 +76,18 @@ class UnitCost:
     input_bytes: int
     output_bytes: int
     wire_bytes: int
+
+    def scaled(self, rows: float, speed: float) -> UnitCost:
+        """Of `rows` times as many rows on a worker `speed` times as fast."""
+        return replace(
+            self,
+            opening=self.opening.scaled(rows, speed),
+            inner=self.inner.scaled(rows, speed),
+            head=self.head.scaled(rows, speed),
+            input_bytes=round(self.input_bytes * rows),
+            output_bytes=round(self.output_bytes * rows),
+            wire_bytes=round(self.wire_bytes * rows),
+        )
 
 
 @final

@@ -61,6 +61,11 @@ class Profile:
     units: tuple[UnitCost, ...]
     cpu_share: float | None
 
+    def scaled(self, rows: int, speed: float) -> Profile:
+        """As it should be with micro-batches of `rows`, on workers `speed` times as fast: all in proportion."""
+        units = tuple(unit.scaled(rows / self.rows, speed) for unit in self.units)
+        return dataclasses.replace(self, rows=rows, units=units)
+
 
 def profile(config: Config, spec: DataSpec, repeats: int) -> Profile:
     """Measure on random rows, `train.threads` intra-op threads; medians of `repeats` steps after a warm-up.

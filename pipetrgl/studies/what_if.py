@@ -26,6 +26,8 @@ class Changes:
     Attributes:
         workers: plan anew for so many, from the plan's profile.
         repeat: the stages so many times in a row.
+        batch: rows of a micro-batch; times and bytes grow in proportion.
+        speed: of every device, in those of the profiled one; links stay as they are.
         capacity: slots of each link.
         link_gbps: bandwidth of each link in gigabits a second; the latency stays.
         jitter, stragglers: as in `simulate`; stragglers as "stage:factor".
@@ -33,6 +35,8 @@ class Changes:
 
     workers: int | None = None
     repeat: int = 1
+    batch: int | None = None
+    speed: float = 1.0
     capacity: int | None = None
     link_gbps: float | None = None
     jitter: float = 0.0
@@ -57,11 +61,12 @@ def changed(plan: Plan, changes: Changes) -> Plan:
     if changes.link_gbps is not None:
         link = LinkSpeed(link.latency_s, changes.link_gbps * 1e9 / 8)
     terms = dataclasses.replace(plan.terms, link=link, capacity=changes.capacity or plan.terms.capacity)
+    profile = plan.profile.scaled(changes.batch or plan.profile.rows, changes.speed)
     if changes.workers is not None:
-        return make_plan(plan.profile, dataclasses.replace(terms, workers=changes.workers))
-    price = Pricing(plan.profile.units, terms)
+        return make_plan(profile, dataclasses.replace(terms, workers=changes.workers))
+    price = Pricing(profile.units, terms)
     stages = tuple(price.stage(stage.first, stage.stop, stage.replicas) for stage in plan.stages)
-    return Plan(plan.profile, terms, stages)
+    return Plan(profile, terms, stages)
 
 
 def pipe_of(plan: Plan) -> Pipe:

@@ -39,6 +39,18 @@ def test_more_workers_are_planned_anew_and_more_slots_take_memory() -> None:
     assert changed(plan, Changes(capacity=8)).stages[0].memory_bytes == plan.stages[0].memory_bytes + 4 * 8
 
 
+def test_half_the_rows_take_half_of_time_and_bytes_and_a_faster_device_leaves_the_links_as_they_are() -> None:
+    plan = changed(by_hand(4), Changes(batch=8, speed=2.0))
+    pipe = pipe_of(plan)  # a fourth of 2 + 4 s; 1 s + 4 bytes of 4 a second
+    assert (pipe.forward_s, pipe.backward_s, pipe.link_s) == ([0.5, 0.5], [1, 1], [2, 0])
+    assert plan.slowest.period_s == 2
+    assert plan.profile.rows == 8
+    before, after = by_hand(4).profile.units[0], plan.profile.units[0]
+    assert (after.opening.saved_bytes, after.input_bytes) == (before.opening.saved_bytes / 2, before.input_bytes / 2)
+    assert after.opening.state_bytes == before.opening.state_bytes
+    assert changed(by_hand(4), Changes(batch=16, speed=1.0)) == by_hand(4)
+
+
 @pytest.mark.parametrize("text", ["1", "2:1.5", "-1:2", "0:0", "0:nan", "a:2", "0:"])
 def test_a_straggler_that_is_none_says_what_is_expected(text: str) -> None:
     with pytest.raises(ConfigError, match=f"--straggler: '{text}'; expected stage:factor, a stage of 0 to 1"):
