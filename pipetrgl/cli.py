@@ -125,9 +125,7 @@ def simulate(
     *,
     workers: Annotated[int | None, typer.Option(min=1, help="Plan anew for so many, from the plan's profile.")] = None,
     repeat: Annotated[int, typer.Option(min=1, help="The stages so many times in a row: a deeper network.")] = 1,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Rows of a micro-batch; costs in proportion.")
-    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows of a micro-batch; costs in proportion.")] = None,
     speed: Annotated[float, typer.Option(min=1e-6, help="Of every device, times that of the profiled one.")] = 1.0,
     capacity: Annotated[int | None, typer.Option(min=1, help="Slots of each link.")] = None,
     batches: Annotated[int, typer.Option(min=2, help="Micro-batches.")] = 1000,
