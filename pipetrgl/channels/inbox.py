@@ -130,9 +130,12 @@ class LinkInbox:
             self._next_index += 1
             return None
         self._check(header)
-        buffers = tuple(ring.take(spec) for ring, spec in zip(self._rings, header.layout.tensors, strict=False))
+        rings = self._rings[: len(header.layout.tensors)]
+        buffers = tuple(ring.view(spec) for ring, spec in zip(rings, header.layout.tensors, strict=True))
         with lost_if_broken(self._terms.sender):
             connection.line.fill(slot, buffers)
+        for ring in rings:  # only now: what breaks off comes again, into the same memory
+            ring.pass_on()
         with connection.line.decoding(slot):
             micro_batch = unpacked(self._terms.codec, header.labelled, buffers, header.layout.has_image)
         self._next_index += 1
@@ -207,11 +210,13 @@ class _Ring:
             return None
         return self._buffers[self._turn].with_room(self._room)
 
-    def take(self, spec: wire.TensorSpec) -> Tensor:
-        """A fresh tensor over the buffer whose turn it is, which passes on."""
-        buffer = self._buffers[self._turn]
+    def view(self, spec: wire.TensorSpec) -> Tensor:
+        """A fresh tensor over the buffer whose turn it is."""
+        return self._buffers[self._turn].view(spec, self._room)
+
+    def pass_on(self) -> None:
+        """The buffer whose turn it was is filled."""
         self._used, self._turn = True, (self._turn + 1) % len(self._buffers)
-        return buffer.view(spec, self._room)
 
 
 @final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -142,6 +143,40 @@ def test_a_replaced_sender_drops_what_the_receiver_has(link: Link) -> None:
     assert outbox.sent_bytes == 4 * 8
     assert outbox.received_index == 7
     outbox.let_go()
+
+
+@pytest.mark.parametrize("rooms", [(), (8,)])
+def test_a_payload_that_breaks_off_comes_again_and_leaves_what_is_in_use_alone(link: Link, rooms: tuple[int]) -> None:
+    #   old sender: 0, half of 1 ✝      new sender: 1 2          the stage has 0 in hand all the while
+    sender, receiver = link.connections(next_index=0)
+    fill, turns = receiver.line.fill, itertools.count()
+
+    def break_off_once(slot: int, buffers: tuple[torch.Tensor, ...]) -> None:
+        if next(turns) == 1:
+            raise RuntimeError("connection reset by peer")
+        fill(slot, buffers)
+
+    receiver.line.fill = break_off_once
+    inbox = LinkInbox(receiver, TERMS, link.alarm, link.senders, [], torch.device("cpu"), rooms=rooms)
+    outbox = LinkOutbox(sender, TERMS, link.alarm, Replacements(), ReplayLog(0))
+    send(outbox, range(1), end=False).join()
+    stream = iter(inbox)
+    first = next(stream)
+    send(outbox, range(1, 2), end=False).join()
+    again, there = link.connections(next_index=1)
+    link.senders.waiting.append(there)
+    replacement = LinkOutbox(again, TERMS, link.alarm, Replacements(), ReplayLog(0))
+    thread = send(replacement, range(1, 3))
+    while not inbox._box._ready:
+        link.alarm.check()
+        time.sleep(0.01)
+    assert first.activation.tolist() == [[0.0, 0.0]]
+    assert [(got.index, float(got.activation[0, 0])) for got in stream] == [(1, 1.0), (2, 2.0)]
+    thread.join()
+    outbox._posted = None
+    for one in (outbox, replacement):
+        one.let_go()
+    inbox.close()
 
 
 def test_a_sender_counts_as_received_only_what_it_knows_of(link: Link) -> None:
