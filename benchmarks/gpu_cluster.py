@@ -26,7 +26,7 @@ LINKS_GBPS = (10.0, 25.0, 100.0, 400.0)
 
 def main() -> None:
     plan = read(PLAN)
-    print("images/s once full, planned anew for each row; in brackets the limit, and the workers that the plan uses")
+    print("images/s once full, planned anew for each cell; in brackets the limit (compute, link) and the workers used")
     print("speed  rows  workers" + "".join(f"{gbps:>15.0f} Gbit/s" for gbps in LINKS_GBPS))
     for speed in SPEEDS:
         for batch in BATCHES:
@@ -35,9 +35,7 @@ def main() -> None:
                 for gbps in LINKS_GBPS:
                     here = changed(plan, Changes(workers, batch=batch, speed=speed, link_gbps=gbps))
                     rate = batch / simulate(pipe_of(here), 1000).period_s
-                    slowest = here.slowest
-                    limit = "link" if slowest.link_s >= slowest.period_s else "computing"
-                    cells.append(f"{rate:>11,.0f} ({limit[0]}, {sum(stage.replicas for stage in here.stages):>2})")
+                    cells.append(f"{rate:>11,.0f} ({here.limit[0]}, {here.num_workers:>2})")
                 print(f"{speed:>5.0f}  {batch:>4}  {workers:>7}  " + "    ".join(cells))
 
 

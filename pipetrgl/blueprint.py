@@ -171,15 +171,10 @@ class Blueprint:
         return self.spec.num_train * math.prod(self.input_shape(stage)) * torch.float32.itemsize
 
     @property
-    def training_rows(self) -> int:
-        """Of the largest training micro-batch."""
-        return math.ceil(self.config.train.batch / self.config.train.accumulate)
-
-    @property
     def max_rows(self) -> int:
         """Of the largest micro-batch in the stream."""
         evaluate = self.config.evaluate
-        rows = [self.training_rows]
+        rows = [self.config.train.micro_batch_rows]
         if evaluate.valid_every > 0 or evaluate.at_start:
             rows.append(min(evaluate.batch, self.spec.num_valid))
         if evaluate.test_at_end:

@@ -74,14 +74,13 @@ class Connector:
 
         Args:
             rooms: see `Connection`.
-
         Raises:
             LaunchError: that worker runs another config or version.
             LinkError: it did not come in time.
         """
         peer = self._peer(rank, RECEIVER, terms, device, rooms)
         connection = peer.connect(next_index)
-        inbox = LinkInbox(connection, terms, self._site.alarm, self._neighbour(peer), expected, device, image, rooms)
+        inbox = LinkInbox(connection, terms, self._site.alarm, self._neighbour(peer), expected, device, image)
         self._inboxes.append(inbox)
         return inbox
 

@@ -27,7 +27,7 @@ class LinkInbox:
     """Fills its slots ahead of the stage.
 
     Args:
-        connection: opened; its `next_index` is the first micro-batch that will come.
+        connection: opened; its `next_index` is the first micro-batch that will come. Later ones have the same `rooms`.
         terms: of the link.
         alarm: ends every wait.
         neighbour: the sender, should it be replaced.
@@ -35,7 +35,6 @@ class LinkInbox:
             compared with them.
         device: of the slots.
         image: as `expected`, of the image that micro-batches may carry as well; None: none ever comes.
-        rooms: as the connection's, which told the sender.
     """
 
     def __init__(
@@ -47,7 +46,6 @@ class LinkInbox:
         expected: Sequence[wire.TensorSpec],
         device: torch.device,
         image: wire.TensorSpec | None = None,
-        rooms: Sequence[int] = (),
     ) -> None:
         self._connection = connection
         self._terms = terms
@@ -60,7 +58,8 @@ class LinkInbox:
         self._header = torch.from_numpy(self._words)
         self._reader = wire.Reader(terms.run_id)
         self._accepted: wire.Layout | None = None
-        self._rings = [_Ring(terms.capacity, device, room) for room in (*rooms, *[0] * (wire.MAX_TENSORS - len(rooms)))]
+        rooms = (*connection.rooms, *[0] * (wire.MAX_TENSORS - len(connection.rooms)))
+        self._rings = [_Ring(terms.capacity, device, room) for room in rooms]
         self._box = Mailbox(terms.capacity, alarm, terms.timeout_s, terms.sender, terms.receiver)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._receive, name=f"from {terms.sender}", daemon=True)

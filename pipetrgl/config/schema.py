@@ -361,6 +361,11 @@ class TrainConfig(Section):
         return self
 
     @property
+    def micro_batch_rows(self) -> int:
+        """Of the largest micro-batch of a full step."""
+        return -(-self.batch // self.accumulate)
+
+    @property
     def one_by_one(self) -> bool:
         """Whether stages learn one after another; in the other orders all learn in every step."""
         return self.order in ("sequential", "multi_lap")

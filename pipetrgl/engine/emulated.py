@@ -33,7 +33,7 @@ class Times:
 
     def __init__(self, config: Config, stage: int) -> None:
         emulated = config.pipeline.emulated
-        rows = emulated.rows or -(-config.train.batch // config.train.accumulate)
+        rows = emulated.rows or config.train.micro_batch_rows
         self.forward_s = _of(emulated.forward_s, stage) / rows
         self.backward_s = _of(emulated.backward_s, stage) / rows
         self.update_s = _of(emulated.update_s, stage)

@@ -106,7 +106,7 @@ class StoreLinks:
         rooms = encoded_bytes(codec, (blueprint.max_rows, *blueprint.input_shape(place.stage)), torch.float32)
         if (image := blueprint.image_shape(place.stage)) is None:
             return rooms
-        return rooms + encoded_bytes(codec, (blueprint.training_rows, *image), torch.float32)
+        return rooms + encoded_bytes(codec, (blueprint.config.train.micro_batch_rows, *image), torch.float32)
 
     def _terms(self, sender: Place, receiver: Place) -> LinkTerms:
         channel = self._blueprint.config.channel

@@ -106,13 +106,13 @@ def footprint(config: Config, spec: DataSpec, num_micro_batches: int | None = No
     num_micro = num_micro_batches or config.pipeline.stages
     run = dataclasses.replace(variants[0], config=config)  # whose objective says what the links carry
     stages = tuple(_stage_footprint(run, variants, k, num_micro) for k in range(config.pipeline.stages))
-    name, rows = variants[0].network.name, variants[0].training_rows
+    name, rows = variants[0].network.name, config.train.micro_batch_rows
     return Footprint(name, rows, num_micro, _end_to_end(variants[0]), stages, config.train.cache)
 
 
 def _stage_footprint(run: Blueprint, variants: Sequence[Blueprint], k: int, num_micro_batches: int) -> StageFootprint:
     vangl, identity, stored = variants
-    rows, share = vangl.training_rows, math.ceil(vangl.config.train.batch / num_micro_batches)
+    rows, share = vangl.config.train.micro_batch_rows, math.ceil(vangl.config.train.batch / num_micro_batches)
     last = k == vangl.num_stages - 1
     stage = build_stage(vangl, k, _CPU)
     count = _counter(stage, vangl)
@@ -179,7 +179,7 @@ def link_bytes(blueprint: Blueprint, stage: int) -> int:
     A codec other than fp32 also needs what it decoded. Stage 0's inbox is the loader with its prepared batches. Images
     ride in training only.
     """
-    config, rows, train_rows = blueprint.config, blueprint.max_rows, blueprint.training_rows
+    config, rows, train_rows = blueprint.config, blueprint.max_rows, blueprint.config.train.micro_batch_rows
     codec = config.channel.codec
     if stage == 0:
         network = blueprint.network
@@ -220,7 +220,7 @@ def _variant(config: Config, spec: DataSpec, name: str) -> Blueprint:
 def _end_to_end(vangl: Blueprint) -> StageFootprint:
     whole = undivided(vangl)
     stage = build_stage(whole, 0, _CPU)
-    saved = _counter(stage, whole)(vangl.training_rows).total
+    saved = _counter(stage, whole)(vangl.config.train.micro_batch_rows).total
     return StageFootprint(
         span=stage.span,
         vangl=saved,

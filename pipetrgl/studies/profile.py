@@ -83,7 +83,7 @@ def profile(config: Config, spec: DataSpec, repeats: int) -> Profile:
     whole = draw_up(_in_one_stage(config), spec)
     num_units = sum(block.counted for block in whole.network.blocks)
     ranges = partition(whole.network.blocks, num_units, "even", whole.num_parameters)
-    activation = whole.draw_input(0, _rows(config), torch_stream(config.seed, "profile"))
+    activation = whole.draw_input(0, config.train.micro_batch_rows, torch_stream(config.seed, "profile"))
     units = []
     wall, processor = time.perf_counter(), time.process_time()
     for blocks in ranges:
@@ -91,7 +91,7 @@ def profile(config: Config, spec: DataSpec, repeats: int) -> Profile:
         units.append(unit)
     share = (time.process_time() - processor) / (time.perf_counter() - wall)
     alone = config.pipeline.hardware == "cpu" and config.train.threads == 1
-    return Profile(whole.network.name, _rows(config), tuple(units), share if alone else None)
+    return Profile(whole.network.name, config.train.micro_batch_rows, tuple(units), share if alone else None)
 
 
 def _in_one_stage(config: Config) -> Config:
@@ -107,11 +107,6 @@ def _in_one_stage(config: Config) -> Config:
             "train": config.train.model_copy(update={"order": "parallel"}),
         }
     )
-
-
-def _rows(config: Config) -> int:
-    """Of the largest micro-batch of a full step."""
-    return -(-config.train.batch // config.train.accumulate)
 
 
 def _measure(whole: Blueprint, blocks: range, activation: Tensor, repeats: int) -> tuple[UnitCost, Tensor]:

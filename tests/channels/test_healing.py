@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 import time
@@ -148,7 +149,7 @@ def test_a_replaced_sender_drops_what_the_receiver_has(link: Link) -> None:
 @pytest.mark.parametrize("rooms", [(), (8,)])
 def test_a_payload_that_breaks_off_comes_again_and_leaves_what_is_in_use_alone(link: Link, rooms: tuple[int]) -> None:
     #   old sender: 0, half of 1 ✝      new sender: 1 2          the stage has 0 in hand all the while
-    sender, receiver = link.connections(next_index=0)
+    sender, receiver = (dataclasses.replace(side, rooms=rooms) for side in link.connections(next_index=0))
     fill, turns = receiver.line.fill, itertools.count()
 
     def break_off_once(slot: int, buffers: tuple[torch.Tensor, ...]) -> None:
@@ -157,7 +158,7 @@ def test_a_payload_that_breaks_off_comes_again_and_leaves_what_is_in_use_alone(l
         fill(slot, buffers)
 
     receiver.line.fill = break_off_once
-    inbox = LinkInbox(receiver, TERMS, link.alarm, link.senders, [], torch.device("cpu"), rooms=rooms)
+    inbox = LinkInbox(receiver, TERMS, link.alarm, link.senders, [], torch.device("cpu"))
     outbox = LinkOutbox(sender, TERMS, link.alarm, Replacements(), ReplayLog(0))
     send(outbox, range(1), end=False).join()
     stream = iter(inbox)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from pipetrgl.channels.codecs import CODECS, received
 from pipetrgl.channels.images import image_outbox
 from pipetrgl.errors import LinkError
 from pipetrgl.microbatch import MicroBatch, Split, joined
-from tests.channels.test_link import link, micro_batch
+from tests.channels.test_link import link, micro_batch, send_all
 
 CPU = torch.device("cpu")
 IMAGE = torch.arange(8.0).view(4, 1, 1, 2)
@@ -84,14 +83,7 @@ def test_a_link_carries_an_image_where_there_is_one_and_counts_its_bytes() -> No
     batches = [micro_batch(index, torch.full((4, 3), float(index))) for index in range(4)]
     batches = [batch.beside(IMAGE + batch.index) if batch.index % 2 else batch for batch in batches]
     batches[2] = batches[2].as_tick()
-
-    def work() -> None:
-        for batch in batches:
-            outbox.send(batch)
-        outbox.close()
-
-    thread = threading.Thread(target=work)
-    thread.start()
+    thread = send_all(outbox, batches)
     got = [(one.is_tick, None if one.image is None else one.image.flatten().tolist()) for one in inbox]
     thread.join()
     inbox.close()

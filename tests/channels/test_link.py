@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -55,20 +56,26 @@ def link(
     )
     alarm = Alarm()
     terms = LinkTerms(7, capacity, CODECS["fp32"], 32, 20.0, "stage 0 (rank 0)", "stage 1 (rank 1)")
-    inbox = LinkInbox(receiver, terms, alarm, Irreplaceable(), expected, torch.device("cpu"), image, rooms)
+    inbox = LinkInbox(receiver, terms, alarm, Irreplaceable(), expected, torch.device("cpu"), image)
     return LinkOutbox(sender, terms, alarm, Irreplaceable(), ReplayLog(0)), inbox, alarm
 
 
-def test_slots_take_capacity_activations_and_no_more() -> None:
-    outbox, inbox, _ = link(capacity=3)
+def send_all(outbox: LinkOutbox, micro_batches: Iterable[MicroBatch]) -> threading.Thread:
+    """Sends them, and the end of the stream, in a thread."""
 
     def work() -> None:
-        for index in range(12):
-            outbox.send(micro_batch(index, torch.randn(4, 8)))
+        for one in micro_batches:
+            outbox.send(one)
         outbox.close()
 
     thread = threading.Thread(target=work)
     thread.start()
+    return thread
+
+
+def test_slots_take_capacity_activations_and_no_more() -> None:
+    outbox, inbox, _ = link(capacity=3)
+    thread = send_all(outbox, (micro_batch(index, torch.randn(4, 8)) for index in range(12)))
     addresses = {got.activation.data_ptr() for got in inbox}
     thread.join()
     inbox.close()
@@ -87,14 +94,7 @@ def test_what_was_expected_ahead_waits_for_the_next_that_has_it(capacity: int) -
         one = micro_batch(index, torch.randn(rows + 1, 8, generator=random))
         image = torch.randn(rows + 1, 1, 2, 2, generator=random)
         batches.append(one.as_tick() if kind == 0 else one.beside(image) if kind < 3 else one)
-
-    def work() -> None:
-        for one in batches:
-            outbox.send(one)
-        outbox.close()
-
-    thread = threading.Thread(target=work)
-    thread.start()
+    thread = send_all(outbox, batches)
     addresses = set()
     for sent, got in zip(batches, inbox, strict=True):
         addresses.update(tensor.data_ptr() for tensor in got.tensors)

@@ -65,19 +65,10 @@ def open_gloo(
     for thread in threads:
         thread.join()
     terms = LinkTerms(7, capacity, codec, label_words(64), timeout_s, "stage 0 (rank 0)", "stage 1 (rank 1)")
+    sender, receiver = (Connection(groups[side], GlooLine(groups[side], 1 - side), 0, rooms) for side in (0, 1))
     return Channel(
-        LinkOutbox(
-            Connection(groups[0], GlooLine(groups[0], 1), 0, rooms), terms, alarm, Irreplaceable(), ReplayLog(0)
-        ),
-        LinkInbox(
-            Connection(groups[1], GlooLine(groups[1], 0), 0),
-            terms,
-            alarm,
-            Irreplaceable(),
-            [],
-            torch.device("cpu"),
-            rooms=rooms,
-        ),
+        LinkOutbox(sender, terms, alarm, Irreplaceable(), ReplayLog(0)),
+        LinkInbox(receiver, terms, alarm, Irreplaceable(), [], torch.device("cpu")),
         alarm,
     )
 
