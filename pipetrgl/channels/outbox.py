@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
+
+from torch import Tensor
 
 from pipetrgl.channels import wire
 from pipetrgl.channels.alarm import Alarm, wait_until
@@ -18,21 +21,11 @@ from pipetrgl.microbatch import MicroBatch
 
 @final
 @dataclass(frozen=True)
-class _Posted:
-    """A micro-batch on its way over one connection; `failure` if it could not even be posted."""
+class _Leaving:
+    """A micro-batch that the stage has handed over, and what its payload waits for."""
 
     sent: Sent
-    connection: Connection
-    header_work: Any = None
-    payload: Any = None
-    failure: LostPeerError | None = None
-
-    def complete(self, receiver: str) -> None:
-        """Return when the receiver has taken it; raises LostPeerError where the link broke."""
-        if self.failure is not None:
-            raise self.failure
-        with lost_if_broken(receiver):
-            self.connection.line.complete(self.header_work, self.payload)
+    ready: Any
 
 
 @final
@@ -57,7 +50,7 @@ class LinkOutbox:
         self._log = log
         self._writer = wire.Writer(terms.codec.code, terms.run_id, terms.label_words)
         self._condition = threading.Condition()
-        self._posted: _Posted | None = None
+        self._leaving: _Leaving | None = None
         self._healing = False
         self._next: int | None = None  # index after the newest that was handed over
         self._ended = False
@@ -70,14 +63,15 @@ class LinkOutbox:
 
     def send(self, micro_batch: MicroBatch) -> None:
         parts = tuple(part.contiguous() for part in payload(self._terms.codec, micro_batch))
-        self._hand_over(Sent.now(micro_batch.index, micro_batch.step, self._writer.write(micro_batch, parts), parts))
+        self._require_room(micro_batch.step, parts)
+        self._hand_over(Sent.now(micro_batch, parts))
 
     def close(self) -> None:
         if self._ended:
             return
         self._ended = True
         index = self.received_index + 1 if self._next is None else self._next
-        self._hand_over(Sent.now(index, -1, self._writer.end(), ()))
+        self._hand_over(Sent(index, labelled=None))
         with self._condition:
             self._wait_until_idle()
 
@@ -97,7 +91,7 @@ class LinkOutbox:
     def _wait_until_idle(self) -> None:
         self.waited_s += wait_until(
             self._condition,
-            lambda: self._posted is None and not self._healing,
+            lambda: self._leaving is None and not self._healing,
             self._alarm,
             self._terms.timeout_s,
             f"{self._terms.receiver} to take a micro-batch",
@@ -116,23 +110,16 @@ class LinkOutbox:
             self._log.add(sent)
             if sent.index < wanted:
                 return  # the worker that this one replaces has sent it already
-            self._posted = self._post(sent, self._connection)
+            self._leaving = _Leaving(sent, self._connection.line.ready())
             self._condition.notify_all()
 
-    def _post(self, sent: Sent, connection: Connection) -> _Posted:
-        sizes = [part.nbytes for part in sent.parts]
-        self.sent_bytes += sum(sizes)
-        if any(size > room for size, room in zip(sizes, connection.rooms, strict=False)):
+    def _require_room(self, step: int, parts: Sequence[Tensor]) -> None:
+        sizes, rooms = [part.nbytes for part in parts], self._connection.rooms
+        if any(size > room for size, room in zip(sizes, rooms, strict=False)):
             raise LinkError(
-                f"step {sent.step}: tensors of {sizes} bytes for {self._terms.receiver}, which expects "
-                f"{list(connection.rooms)} at most; the workers were started from different configs"
+                f"step {step}: tensors of {sizes} bytes for {self._terms.receiver}, which expects "
+                f"{list(rooms)} at most; the workers were started from different configs"
             )
-        try:
-            with lost_if_broken(self._terms.receiver):
-                header_work = connection.group.send([sent.header], RECEIVER, HEADER_TAG)
-                return _Posted(sent, connection, header_work, connection.line.post(sent.parts))
-        except LostPeerError as failure:
-            return _Posted(sent, connection, failure=failure)
 
     def _see_off(self) -> None:
         try:
@@ -143,28 +130,37 @@ class LinkOutbox:
 
     def _see_one_off(self) -> None:
         with self._condition:
-            self._condition.wait_for(lambda: self._posted or self._let_go, timeout=LOOK_S)
-            posted = self._posted
-            if posted is None and not self._neighbour.was_replaced():
+            self._condition.wait_for(lambda: self._leaving or self._let_go, timeout=LOOK_S)
+            leaving = self._leaving
+            if leaving is None and not self._neighbour.was_replaced():
                 return
-            self._healing = posted is None  # nothing may be posted to a receiver that is gone
-        receiver = self._terms.receiver
+            self._healing = leaving is None  # nothing may be sent to a receiver that is gone
         try:
-            if posted is None:
-                raise LostPeerError(f"{receiver} was replaced")
-            self._deliver(posted)
+            if leaving is None:
+                raise LostPeerError(f"{self._terms.receiver} was replaced")
+            self._deliver(leaving.sent, leaving.ready, self._connection)
         except LostPeerError as lost:
             self._heal(lost)
-        del posted  # or it would keep its tensors alive until the next one
+        del leaving  # or it would keep its tensors alive until the next one
         with self._condition:
-            self._posted, self._healing = None, False
+            self._leaving, self._healing = None, False
             self._condition.notify_all()
 
-    def _deliver(self, posted: _Posted) -> None:
-        posted.complete(self._terms.receiver)
-        posted.sent.require_unchanged(self._terms.receiver)
+    def _deliver(self, sent: Sent, ready: Any, connection: Connection) -> None:
+        """Return when the receiver has taken it; raises LostPeerError where the link broke."""
+        self.sent_bytes += sum(part.nbytes for part in sent.parts)
+        line = connection.line
+        with lost_if_broken(self._terms.receiver):
+            header_work = connection.group.send([self._header(sent)], RECEIVER, HEADER_TAG)
+            line.complete(header_work, line.post(sent.parts, ready))
+        sent.require_unchanged(self._terms.receiver)
         # The receiver posts the receive of a header only after it has the whole micro-batch before.
-        self.received_index = max(self.received_index, posted.sent.index - 1)
+        self.received_index = max(self.received_index, sent.index - 1)
+
+    def _header(self, sent: Sent) -> Tensor:
+        if sent.labelled is None:
+            return self._writer.end()
+        return self._writer.write(sent.labelled, sent.parts, sent.has_image)
 
     def _heal(self, lost: LostPeerError) -> None:
         """Open the link to the receiver's replacement, and send again what it lacks."""
@@ -175,7 +171,7 @@ class LinkOutbox:
                     missing = self._log.since(connection.next_index, self._terms.receiver)
                 for sent in missing:
                     sent.require_unchanged(self._terms.receiver)
-                    self._deliver(self._post(sent, connection))
+                    self._deliver(sent, connection.line.ready(), connection)
                 self._connection = connection
                 return
             except LostPeerError as again:

@@ -28,12 +28,15 @@ _PAYLOAD_TAG = 16  # of the first payload tensor, then one more for each
 
 
 class PayloadLine(Protocol):
-    """One direction of one link; `post`, `before_use`, `after_use` run in the stage's thread, others in the link's.
+    """One direction of one link; `ready`, `before_use`, `after_use` run in the stage's thread, others in the link's.
 
     `buffers` are those of the payload tensors in their order.
     """
 
-    def post(self, parts: Sequence[Tensor]) -> Any:
+    def ready(self) -> Any:
+        """What the stage has queued until now: `post` waits for it."""
+
+    def post(self, parts: Sequence[Tensor], ready: Any) -> Any:
         """Make `parts` ready to go, right after the header was posted; returns what `complete` needs."""
 
     def complete(self, header: Any, posted: Any) -> None:
@@ -64,7 +67,10 @@ class GlooLine:
         self._peer = peer
         self._expected: dict[int, Any] = {}  # place in the payload -> work
 
-    def post(self, parts: Sequence[Tensor]) -> Any:
+    def ready(self) -> Any:
+        return None  # all done
+
+    def post(self, parts: Sequence[Tensor], ready: Any) -> Any:
         return [self._group.send([part], self._peer, _PAYLOAD_TAG + place) for place, part in enumerate(parts)]
 
     def complete(self, header: Any, posted: Any) -> None:
@@ -114,9 +120,12 @@ class NcclLine:
         self._filled = [_event() for _ in range(capacity)]
         self._used = [_event() for _ in range(capacity)]
 
-    def post(self, parts: Sequence[Tensor]) -> Any:
+    def ready(self) -> Any:
         ready = _event()
         ready.record(torch.cuda.current_stream(self._device))
+        return ready
+
+    def post(self, parts: Sequence[Tensor], ready: Any) -> Any:
         return parts, ready
 
     def complete(self, header: Any, posted: Any) -> None:

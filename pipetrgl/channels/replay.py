@@ -14,6 +14,7 @@ from typing import final
 from torch import Tensor
 
 from pipetrgl.errors import LinkError, ReplayGapError
+from pipetrgl.microbatch import MicroBatch
 
 
 @final
@@ -23,34 +24,37 @@ class Sent:
 
     Attributes:
         index: of the micro-batch; the end of the stream counts as one more.
-        step: for messages; -1 at the end of the stream.
-        header: wire header.
+        labelled: the micro-batch without what travels as payload; None: the end of the stream.
         parts: payload tensors.
+        has_image: the last of them are the image's.
         versions: of `parts` when they were handed over, to notice a change in place.
     """
 
     index: int
-    step: int
-    header: Tensor
-    parts: tuple[Tensor, ...]
-    versions: tuple[int, ...]
+    labelled: MicroBatch | None
+    parts: tuple[Tensor, ...] = ()
+    has_image: bool = False
+    versions: tuple[int, ...] = ()
 
     @staticmethod
-    def now(index: int, step: int, header: Tensor, parts: tuple[Tensor, ...]) -> Sent:
-        """With the versions that `parts` have at this moment."""
-        return Sent(index, step, header, parts, tuple(part._version for part in parts))
+    def now(micro_batch: MicroBatch, parts: tuple[Tensor, ...]) -> Sent:
+        """With the versions that `parts`, its encoded tensors, have at this moment."""
+        has_image, versions = micro_batch.image is not None, tuple(part._version for part in parts)
+        return Sent(micro_batch.index, micro_batch.as_tick(), parts, has_image, versions)
 
     @property
     def num_bytes(self) -> int:
-        return self.header.nbytes + sum(part.nbytes for part in self.parts)
+        labels = () if self.labelled is None else (self.labelled.target, self.labelled.positions)
+        return sum(tensor.nbytes for tensor in (*labels, *self.parts))
 
     def require_unchanged(self, receiver: str) -> None:
         """Raises:
         LinkError: a payload tensor was changed in place since it was handed over.
         """
         if tuple(part._version for part in self.parts) != self.versions:
+            assert self.labelled is not None, "the end of the stream has no parts"
             raise LinkError(
-                f"step {self.step}: the activation for {receiver} was changed in place while it "
+                f"step {self.labelled.step}: the activation for {receiver} was changed in place while it "
                 "was being sent; the stage's backward pass or a hook must not modify its output"
             )
 
@@ -60,7 +64,7 @@ class ReplayLog:
     """The newest consecutive micro-batches that fit into `max_bytes`; 0 keeps nothing.
 
     Args:
-        max_bytes: headers and payload.
+        max_bytes: labels and payload.
     """
 
     def __init__(self, max_bytes: int) -> None:

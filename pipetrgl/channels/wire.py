@@ -124,23 +124,27 @@ class Writer:
         self._key: object = None
         self._laid_out = self._empty
 
-    def write(self, micro_batch: MicroBatch, parts: Sequence[Tensor]) -> Tensor:
-        """The header of `micro_batch` whose activation, and image if it has one, travel as `parts`.
+    def write(self, labelled: MicroBatch, parts: Sequence[Tensor], has_image: bool) -> Tensor:
+        """The header of a micro-batch.
 
+        Args:
+            labelled: the micro-batch; its activation and image are not looked at.
+            parts: what travels in their place.
+            has_image: the last of them are the image's.
         Raises:
             LinkError: more tensors, dimensions or labels than a header can hold.
         """
-        target, positions = micro_batch.target, micro_batch.positions
-        key = (micro_batch.image is None, target.shape, *((part.dtype, part.shape) for part in parts))
+        target, positions = labelled.target, labelled.positions
+        key = (has_image, target.shape, *((part.dtype, part.shape) for part in parts))
         if key != self._key:
-            self._laid_out, self._key = self._lay_out(micro_batch, parts), key
+            self._laid_out, self._key = self._lay_out(labelled, parts, has_image), key
         header = self._laid_out.copy()
-        flags = micro_batch.closes_step + 2 * micro_batch.closes_split + 4 * micro_batch.closes_phase
+        flags = labelled.closes_step + 2 * labelled.closes_split + 4 * labelled.closes_phase
         header[2:_LAYOUT_AT] = (
-            Kind.DATA, micro_batch.split, micro_batch.epoch, micro_batch.step, micro_batch.index,
-            micro_batch.row_start, micro_batch.batch_rows, flags,
+            Kind.DATA, labelled.split, labelled.epoch, labelled.step, labelled.index,
+            labelled.row_start, labelled.batch_rows, flags,
         )  # fmt: skip
-        if (whole := micro_batch.share_of) is not None:
+        if (whole := labelled.share_of) is not None:
             header[_WHOLE_AT : _WHOLE_AT + 2] = whole.start, len(whole)
         targets, rows = target.numpy().reshape(-1), positions.numpy()
         middle = HEADER_WORDS + targets.size
@@ -154,18 +158,18 @@ class Writer:
         header[2] = Kind.END
         return torch.from_numpy(header)
 
-    def _lay_out(self, micro_batch: MicroBatch, parts: Sequence[Tensor]) -> Words:
-        target = micro_batch.target
+    def _lay_out(self, labelled: MicroBatch, parts: Sequence[Tensor], has_image: bool) -> Words:
+        target = labelled.target
         if len(parts) > MAX_TENSORS or any(part.ndim > _MAX_DIMS for part in parts) or target.ndim > 4:
             raise LinkError(f"a payload of {len(parts)} tensors does not fit a header: {MAX_TENSORS} of {_MAX_DIMS}-d")
-        if target.numel() + micro_batch.positions.numel() > self._words:
-            raise LinkError(f"{micro_batch.num_rows} rows of labels do not fit the {self._words} words agreed at start")
+        if target.numel() + labelled.positions.numel() > self._words:
+            raise LinkError(f"{labelled.num_rows} rows of labels do not fit the {self._words} words agreed at start")
         fields = [self._codec, len(parts), target.ndim, *target.shape, *[0] * (4 - target.ndim)]
         for part in parts:
             fields += [_DTYPES.index(part.dtype), part.ndim, *part.shape, *[0] * (_MAX_DIMS - part.ndim)]
         laid_out = self._empty.copy()
         laid_out[_LAYOUT_AT : _LAYOUT_AT + len(fields)] = fields
-        laid_out[_IMAGE_AT] = micro_batch.image is not None
+        laid_out[_IMAGE_AT] = has_image
         return laid_out
 
 

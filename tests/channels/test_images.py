@@ -111,6 +111,8 @@ def test_an_image_that_is_not_expected_is_refused_before_it_is_received(
 def test_the_flag_of_an_image_is_in_the_header_and_in_no_other_one() -> None:
     batch = dataclasses.replace(micro_batch(5, torch.ones(4, 3)), split=Split.TRAIN)
     for one in (batch, batch.beside(IMAGE)):
-        header = wire.Reader(7).read(wire.Writer(0, 7, 8).write(one, one.tensors).numpy())
+        header = wire.Reader(7).read(
+            wire.Writer(0, 7, 8).write(one.as_tick(), one.tensors, one.image is not None).numpy()
+        )
         assert (header.layout.has_image, len(header.layout.tensors)) == (one.image is not None, len(one.tensors))
         assert header.labelled.image is None and header.labelled.closes_step

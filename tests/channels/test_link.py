@@ -157,10 +157,15 @@ def test_a_micro_batch_out_of_order_is_refused() -> None:
         list(inbox)
 
 
+def written(writer: wire.Writer, one: MicroBatch) -> wire.Words:
+    words: wire.Words = writer.write(one.as_tick(), one.tensors, one.image is not None).numpy()
+    return words
+
+
 def test_a_header_reads_back_as_written() -> None:
     sent = micro_batch(9, torch.zeros(2, 3))
     sent = dataclasses.replace(sent, split=Split.VALID, epoch=4, closes_split=True, closes_phase=True)
-    header = wire.Reader(7).read(wire.Writer(codec=2, run_id=7, words=10).write(sent, [sent.activation]).numpy())
+    header = wire.Reader(7).read(written(wire.Writer(codec=2, run_id=7, words=10), sent))
     assert header.layout == wire.Layout(2, (wire.TensorSpec((2, 3), torch.float32),), False, (2,))
     assert header.kind is wire.Kind.DATA
     flags = ("closes_step", "closes_split", "closes_phase")
@@ -173,7 +178,7 @@ def test_a_layout_is_written_and_read_anew_only_where_it_changes() -> None:
     whole, last = (micro_batch(index, torch.zeros(rows, 3)) for index, rows in enumerate((4, 2)))
     image = dataclasses.replace(whole, image=torch.zeros(4, 1, 2, 2), share_of=range(4, 9))
     stream = [whole, whole, last, image, last.as_tick(), whole]
-    headers = [reader.read(writer.write(one, () if one.is_tick else one.tensors).numpy()) for one in stream]
+    headers = [reader.read(written(writer, one)) for one in stream]
     assert headers[1].layout is headers[0].layout
     wanted = [[(4, 3)], [(4, 3)], [(2, 3)], [(4, 3), (4, 1, 2, 2)], [], [(4, 3)]]
     assert [[spec.shape for spec in header.layout.tensors] for header in headers] == wanted
@@ -196,7 +201,7 @@ def test_a_header_of_another_run_or_version_is_refused() -> None:
 
 def test_more_labels_than_agreed_are_refused() -> None:
     with pytest.raises(LinkError, match="4 rows of labels do not fit the 7 words"):
-        wire.Writer(0, 0, words=7).write(micro_batch(0, torch.zeros(4, 1)), [torch.zeros(4, 1)])
+        written(wire.Writer(0, 0, words=7), micro_batch(0, torch.zeros(4, 1)))
 
 
 def test_int8_quarters_and_bf16_halves_the_bytes() -> None:

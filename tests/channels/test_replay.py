@@ -1,4 +1,4 @@
-"""The replay log, on micro-batches of one byte of payload and eight of header."""
+"""The replay log, on micro-batches of one byte of payload and eight of labels: those of a row without a position."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import torch
 
 from pipetrgl.channels.replay import ReplayLog, Sent
 from pipetrgl.errors import LinkError, ReplayGapError
+from pipetrgl.microbatch import MicroBatch, Split
 
 
-def sent(index: int, payload: int = 1) -> Sent:
-    return Sent.now(index, index, torch.zeros(1, dtype=torch.int64), (torch.zeros(payload, dtype=torch.uint8),))
+def sent(index: int, step: int = 0, tensor: torch.Tensor | None = None) -> Sent:
+    tensor = torch.zeros(1, dtype=torch.uint8) if tensor is None else tensor
+    target, positions = torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    micro_batch = MicroBatch(tensor, target, positions, Split.TRAIN, 0, step, index, 0, 1, True, False)
+    return Sent.now(micro_batch, (tensor,))
 
 
 def filled(max_bytes: int, count: int = 5) -> ReplayLog:
@@ -58,7 +62,7 @@ def test_an_empty_log_without_room_still_knows_what_it_has_let_go() -> None:
 
 def test_a_kept_tensor_that_was_changed_in_place_is_not_sent_again() -> None:
     tensor = torch.zeros(3)
-    one = Sent.now(0, 12, torch.zeros(1), (tensor,))
+    one = sent(0, step=12, tensor=tensor)
     one.require_unchanged("stage 1")
     tensor.add_(1)
     with pytest.raises(LinkError, match="step 12: the activation for stage 1 was changed in place"):
