@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipetrgl.config import end_to_end
+from pipetrgl.config import agreement
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -405,7 +405,7 @@ class PipelineConfig(Section):
 
     stages: Positive = 4
     """K."""
-    replicas: Positive | list[Positive] = 1
+    replicas: Positive | Annotated[list[Positive], Field(min_length=1)] = 1
     """Workers that hold the same stage and share the rows of every micro-batch; a number, or a list, one a stage."""
     batch_norm: Literal["local", "synchronised"] = "local"
     """Of a stage with replicas. local: each normalises its own rows, and running statistics are averaged at every
@@ -610,136 +610,6 @@ class Config(Section):
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
-    def _kernels_exist(self) -> Config:
-        faults = []
-        if self.train.channels_last and self.model.name in ("mlp", "gpt"):
-            faults.append(f"train.channels_last: model.name: {self.model.name} has no maps to lay out")
-        if self.train.compile and self.pipeline.batch_norm == "synchronised":
-            faults.append("train.compile: not with pipeline.batch_norm: synchronised, whose sums cannot be traced")
-        if self.optim.fused and self.train.precision == "fp16" and self.optim.name == "sgd" and self.optim.momentum > 0:
-            faults.append(
-                "optim.fused: not for sgd with momentum and train.precision: fp16; where the loss scale leaves out the "
-                "first update, torch's fused SGD goes on with a momentum that it never set; use bf16, or adam or adamw"
-            )
-        _raise(faults)
-        return self
-
-    @model_validator(mode="after")
-    def _text_is_for_gpt(self) -> Config:
-        faults, text = [], self.data.name == "text"
-        if text != (self.model.name == "gpt"):
-            what = "text, which only gpt reads" if text else f"{self.data.name}, which are images; gpt reads text"
-            faults.append(f"model.name: '{self.model.name}' with data.name: {what}")
-        if text and self.objective.name in ("predsim", "infopro"):
-            faults.append(f"objective.name: '{self.objective.name}' is defined for images, not for text")
-        faults += [
-            f"launcher.faults.{number}.action: stage 0 reads bytes, of which none is nan; poison a later stage"
-            for number, fault in enumerate(self.launcher.faults)
-            if text and fault.action == "nan" and fault.stage == 0
-        ]
-        _raise(faults)
-        return self
-
-    @model_validator(mode="after")
-    def _stages_agree(self) -> Config:
-        stages, tau, cuts = self.pipeline.stages, self.objective.transport.tau, self.model.cuts
-        faults = []
-        if isinstance(tau, list) and len(tau) != stages:
-            faults.append(f"objective.transport.tau: {len(tau)} given; pipeline.stages = {stages} needs one a stage")
-        if isinstance(cuts, list):
-            named = bool(cuts) and isinstance(cuts[0], str)
-            expected = stages - 1 if named else stages
-            if len(cuts) != expected:
-                what = "first blocks, one of each later stage" if named else "counts, one a stage"
-                faults.append(f"model.cuts: {len(cuts)} given; pipeline.stages = {stages} needs {expected} {what}")
-        if cuts == "auto" and self.checkpoint.resume == "auto":
-            faults.append(
-                "model.cuts: auto may find other cuts each time, so checkpoint.resume: auto would not find its run "
-                "again; write a plan with `pipetrgl plan` and use that"
-            )
-        replicas = self.pipeline.replicas
-        if isinstance(replicas, list) and len(replicas) != stages:
-            faults.append(f"pipeline.replicas: {len(replicas)} given; pipeline.stages = {stages} needs one a stage")
-        needed = self.pipeline.least_rows
-        if self.train.batch < needed * self.train.accumulate:
-            faults.append(
-                f"train.batch: {self.train.batch} rows in {self.train.accumulate} micro-batches are too few: with "
-                f"these replicas each micro-batch needs {needed}"
-            )
-        if needed > 1 and self.evaluate.batch < 2 * needed:
-            faults.append(f"evaluate.batch: {self.evaluate.batch} rows are too few: these replicas need {2 * needed}")
-        for name in ("cpus", "gpus", "resources", "labels"):
-            value = getattr(self.launcher.ray, name)
-            if isinstance(value, list) and len(value) != stages:
-                faults.append(f"launcher.ray.{name}: {len(value)} given; pipeline.stages = {stages} needs one a stage")
-        faults += [
-            f"launcher.faults.{number}.stage: there is no stage {fault.stage}; pipeline.stages = {stages} has stages 0 "
-            f"to {stages - 1}"
-            for number, fault in enumerate(self.launcher.faults)
-            if fault.stage >= stages
-        ]
-        _raise(faults)
-        return self
-
-    @model_validator(mode="after")
-    def _what_is_recalled_stays_true(self) -> Config:
-        cache, faults = self.train.cache, []
-        if cache == "none":
-            return self
-        if self.data.crop_padding > 0:
-            faults.append(f"data.crop_padding: not with train.cache: {cache}, which recalls an image as it first was")
-        if self.data.flip:
-            faults.append(f"data.flip: not with train.cache: {cache}, which recalls an image as it first was")
-        if self.pipeline.stages == 1:
-            faults.append(f"train.cache: {cache} needs a frozen stage before the learning one; pipeline.stages is 1")
-        if max(self.pipeline.replica_counts) > 1:
-            faults.append(f"pipeline.replicas: not with train.cache: {cache}; a replica is handed other rows each time")
-        if self.objective.needs_images:
-            faults.append(f"train.cache: {cache} keeps no images; use objective.infopro.target: input")
-        if self.pipeline.device == "emulated":
-            faults.append(f"train.cache: {cache} has nothing to keep; emulated stages hand on zeros")
-        faults += [
-            f"launcher.faults.{number}.action: nan not with train.cache: {cache}, which would keep it beyond its steps"
-            for number, fault in enumerate(self.launcher.faults)
-            if fault.action == "nan"
-        ]
-        _raise(faults)
-        return self
-
-    @model_validator(mode="after")
-    def _replay_can_see_what_is_late(self) -> Config:
-        faults = []
-        if self.train.order == "replay":
-            if max(self.pipeline.replica_counts) > 1:
-                faults.append("pipeline.replicas: not with train.order: replay, where each would reuse on its own")
-            if self.channel.capacity == 1:
-                faults.append(
-                    "channel.capacity: train.order: replay needs 2, or nothing could arrive while a stage learns"
-                )
-        _raise(faults)
-        return self
-
-    @model_validator(mode="after")
-    def _end_to_end_has_one_loss(self) -> Config:
-        if self.train.order == "end_to_end":
-            _raise(end_to_end.faults(self))
-        return self
-
-    @model_validator(mode="after")
-    def _emulated_stages_hold_nothing(self) -> Config:
-        if self.pipeline.device != "emulated":
-            return self
-        faults = []
-        if self.checkpoint.every > 0:
-            faults.append("checkpoint.every: emulated stages learn nothing that could be saved")
-        if self.checkpoint.resume != "never":
-            faults.append("checkpoint.resume: emulated stages save nothing to go on from")
-        if self.train.on_nonfinite == "skip":
-            faults.append("train.on_nonfinite: emulated stages compute nothing that could be skipped")
-        faults += [
-            f"launcher.faults.{number}.action: emulated stages do not read their input, so nan changes nothing"
-            for number, fault in enumerate(self.launcher.faults)
-            if fault.action == "nan"
-        ]
-        _raise(faults)
+    def _sections_agree(self) -> Config:
+        _raise(agreement.faults(self))
         return self

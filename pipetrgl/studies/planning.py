@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+from pydantic import ValidationError
+
 from pipetrgl.config.planned import PLAN_SCHEMA, plan_content
 from pipetrgl.config.schema import Config
 from pipetrgl.errors import ConfigError
@@ -112,7 +114,14 @@ def planned(config: Config, say: Callable[[str], None]) -> Config:
     content.setdefault("model", {})["cuts"] = plan.cuts
     pipeline = content.setdefault("pipeline", {})
     pipeline["stages"], pipeline["replicas"] = len(plan.cuts), [stage.replicas for stage in plan.stages]
-    return Config.model_validate(content)
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        reasons = "\n".join(f"  {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors())
+        raise ConfigError(
+            f"model.cuts: auto found cuts {plan.cuts} with replicas {pipeline['replicas']}, which do not go with the "
+            f"rest of the config; write model.cuts, or change\n{reasons}"
+        ) from None
 
 
 def to_dict(plan: Plan, environment: Mapping[str, Any]) -> dict[str, Any]:

@@ -177,6 +177,11 @@ def test_rules_over_a_list_of_sections_point_at_the_item(write: Write) -> None:
     assert len(load(write(text)).launcher.faults) == 2
 
 
+def test_no_replicas_at_all_are_no_list_of_replicas(write: Write) -> None:
+    (row,) = rows(write("pipeline: {stages: 2, replicas: []}\n"))
+    assert row.startswith("line 1   pipeline.replicas: [] is not allowed")
+
+
 @pytest.mark.parametrize(
     ("pipeline", "found"),
     [

@@ -139,6 +139,19 @@ def test_auto_plans_in_place_for_as_many_workers_as_are_written(config: Path) ->
     assert "expected" in done.stdout
 
 
+def test_auto_that_finds_what_the_rest_of_the_config_cannot_use_says_so(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "plan_for", lambda *args, **more: by_hand(5))
+    settings = load(config, ["model.cuts=auto", "pipeline.stages=3", "objective.transport.tau=[1.0, 1.0, 1.0]"])
+    message = (
+        r"model.cuts: auto found cuts \[\d, \d\] with replicas \[1, 1\], which do not go with the rest of the config; "
+        r"write model.cuts, or change\n  objective.transport.tau: 3 given; pipeline.stages = 2 needs one a stage"
+    )
+    with pytest.raises(ConfigError, match=message):
+        planning.planned(settings, print)
+
+
 def test_auto_does_not_go_with_a_run_that_must_be_found_again(config: Path) -> None:
     with pytest.raises(ConfigError, match="model.cuts: auto may find other cuts each time, so checkpoint.resume: auto"):
         load(config, ["model.cuts=auto", "checkpoint.resume=auto"])
