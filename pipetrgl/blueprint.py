@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 
@@ -28,6 +29,8 @@ from pipetrgl.partition import partition
 from pipetrgl.stability import certain_limit
 from pipetrgl.world import World
 
+Shapes = tuple[tuple[int, ...], ...]
+
 
 @final
 @dataclass(frozen=True)
@@ -47,8 +50,12 @@ class Blueprint:
     spec: DataSpec
     network: Network
     ranges: tuple[range, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: Shapes
     num_parameters: tuple[int, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """What another process needs beside the config to draw it up again, as JSON has it."""
+        return {"spec": self.spec.to_dict(), "shapes": self.shapes}
 
     @property
     def num_stages(self) -> int:
@@ -191,6 +198,19 @@ def draw_up(config: Config, spec: DataSpec) -> Blueprint:
         ConfigError: the cuts come from a plan of another network.
         DataError: the training split is too small for one step.
     """
+    return _drawn_up(config, spec, zoo.output_shapes)
+
+
+def draw_up_again(config: Config, facts: dict[str, Any]) -> Blueprint:
+    """The plan that another process has drawn up, from its `Blueprint.facts`.
+
+    To find shapes torch imports its compiler, for a second that no worker has to spend.
+    """
+    shapes = tuple(tuple(shape) for shape in facts["shapes"])
+    return _drawn_up(config, DataSpec.from_dict(facts["spec"]), lambda network: shapes)
+
+
+def _drawn_up(config: Config, spec: DataSpec, find_shapes: Callable[[Network], Shapes]) -> Blueprint:
     # end to end, no block shall compute a mean square that nobody reads
     impl = "autograd" if config.train.order == "end_to_end" else config.objective.transport.impl
     network = zoo.build(config.model, spec.sample_shape, spec.num_classes, impl)
@@ -198,7 +218,7 @@ def draw_up(config: Config, spec: DataSpec) -> Blueprint:
         read_plan(Path(config.plan)).require_fit(network.name, tuple(block.name for block in network.blocks))
     counts = zoo.num_parameters(network)
     ranges = partition(network.blocks, config.pipeline.stages, config.model.cuts, counts)
-    blueprint = Blueprint(config, spec, network, ranges, zoo.output_shapes(network), counts)
+    blueprint = Blueprint(config, spec, network, ranges, find_shapes(network), counts)
     for stage in range(blueprint.num_stages):
         blueprint.stage_parameters(stage)
     if config.objective.transport.kind == "stage" and not blueprint.end_to_end:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,19 @@ from torch import Tensor
 from pipetrgl.config.schema import OptimConfig, ScheduleConfig
 
 NamedParameters = Iterable[tuple[str, Tensor]]
+
+
+def _eager(kind: type[torch.optim.Optimizer]) -> Any:
+    """The same optimizer outside of torch.compile.
+
+    What torch wraps around these functions, for the case that someone compiles them, imports its compiler when it is
+    first called: a second at the start of every worker. Nobody compiles an optimizer here.
+    """
+    bare = {name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "zero_grad")}
+    return type(kind.__name__, (kind,), {**bare, "step": torch.no_grad()(inspect.unwrap(kind.step))})
+
+
+_SGD, _Adam, _AdamW = _eager(torch.optim.SGD), _eager(torch.optim.Adam), _eager(torch.optim.AdamW)
 
 
 def build(config: OptimConfig, parameters: NamedParameters) -> torch.optim.Optimizer:
@@ -26,9 +41,13 @@ def build(config: OptimConfig, parameters: NamedParameters) -> torch.optim.Optim
     fused = config.fused or None  # None leaves torch its own choice, on a GPU a loop over groups of tensors
     if config.name == "sgd":
         momentum, nesterov = config.momentum, config.nesterov
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=decay, fused=fused)
-    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return kind(groups, lr=lr, betas=config.betas, weight_decay=decay, fused=fused)
+        sgd: torch.optim.Optimizer = _SGD(
+            groups, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=decay, fused=fused
+        )
+        return sgd
+    kind = _Adam if config.name == "adam" else _AdamW
+    adam: torch.optim.Optimizer = kind(groups, lr=lr, betas=config.betas, weight_decay=decay, fused=fused)
+    return adam
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:

@@ -325,7 +325,10 @@ def configure_torch(config: TrainConfig) -> None:
     torch.set_num_threads(config.threads)
     if config.keep_memory:
         keep_freed_memory()
-    torch.use_deterministic_algorithms(config.deterministic)
+    if config.compile:
+        torch.use_deterministic_algorithms(config.deterministic)  # tells the compiler as well, for which it imports it
+    else:
+        torch.set_deterministic_debug_mode("error" if config.deterministic else "default")
 
 
 def _learning_rate(blueprint: Blueprint, steps_per_epoch: int, own_steps: int, num_updates: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -57,3 +59,32 @@ def test_vectors_and_position_tables_can_be_left_undecayed(name: str) -> None:
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.5, 0.0)
     (everything,) = build(OptimConfig.model_validate({"name": name}), named).param_groups
     assert len(everything["params"]) == 3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("name", "theirs", "options"),
+    [
+        ("sgd", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        ("adam", torch.optim.Adam, {"betas": (0.9, 0.999)}),
+        ("adamw", torch.optim.AdamW, {"betas": (0.9, 0.999)}),
+    ],
+)
+def test_outside_of_the_compiler_an_optimizer_is_torchs_own_bit_for_bit(
+    name: str, theirs: type[torch.optim.Optimizer], options: dict[str, Any], fused: bool
+) -> None:
+    mine, other = (torch.nn.Parameter(torch.arange(12.0).view(3, 4)) for _ in range(2))
+    more = {"momentum": 0.9, "nesterov": True} if name == "sgd" else {}
+    config = OptimConfig.model_validate({"name": name, "lr": 0.1, "weight_decay": 0.01, "fused": fused, **more})
+    optimizers = build(config, [("weight", mine)]), theirs([other], lr=0.1, weight_decay=0.01, fused=fused, **options)
+    counted: list[int] = []
+    optimizers[0].register_step_post_hook(lambda *_: counted.append(1))
+    for step in range(3):
+        for parameter, optimizer in zip((mine, other), optimizers, strict=True):
+            (parameter * (step + 1)).sin().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        assert torch.equal(mine, other)
+        assert mine.grad is None
+    assert len(counted) == 3
+    assert isinstance(optimizers[0], theirs)

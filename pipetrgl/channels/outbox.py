@@ -22,7 +22,7 @@ from pipetrgl.microbatch import MicroBatch
 @final
 @dataclass(frozen=True)
 class _Leaving:
-    """A micro-batch that the stage has handed over, and what its payload waits for."""
+    """A micro-batch that the stage has handed over, and what its payload has to wait for."""
 
     sent: Sent
     ready: Any
@@ -149,9 +149,9 @@ class LinkOutbox:
     def _deliver(self, sent: Sent, ready: Any, connection: Connection) -> None:
         """Return when the receiver has taken it; raises LostPeerError where the link broke."""
         self.sent_bytes += sum(part.nbytes for part in sent.parts)
-        line = connection.line
+        line, header = connection.line, self._header(sent)  # alive until it is taken
         with lost_if_broken(self._terms.receiver):
-            header_work = connection.group.send([self._header(sent)], RECEIVER, HEADER_TAG)
+            header_work = connection.group.send([header], RECEIVER, HEADER_TAG)
             line.complete(header_work, line.post(sent.parts, ready))
         sent.require_unchanged(self._terms.receiver)
         # The receiver posts the receive of a header only after it has the whole micro-batch before.

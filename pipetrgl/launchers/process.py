@@ -8,19 +8,20 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from pipetrgl.blueprint import Blueprint, draw_up
+from pipetrgl.blueprint import Blueprint, draw_up_again
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.board import Board
 from pipetrgl.channels.c10d import Store
 from pipetrgl.channels.heartbeat import Heartbeat
 from pipetrgl.config.load import undump
-from pipetrgl.data.dataset import DataSpec
 from pipetrgl.engine.checkpoint import Checkpoint
+from pipetrgl.engine.metrics import Sink
 from pipetrgl.engine.pulse import Pulse
 from pipetrgl.errors import Interrupted, LaunchError, PipetrglError
 from pipetrgl.launchers.accounts import report
@@ -29,10 +30,13 @@ from pipetrgl.launchers.rows import BoardSink, ForwardLogs
 from pipetrgl.launchers.signals import await_release, share_stop, stop_on_signals
 from pipetrgl.launchers.store_links import StoreLinks, replaces_stages
 from pipetrgl.logs import log_to_stderr
-from pipetrgl.scheduled import run_scheduled
 from pipetrgl.worker import Job, run_worker
+from pipetrgl.world import Place
 
 logger = logging.getLogger(__name__)
+
+Work = Callable[[Job, Place, StoreLinks, Sink, torch.device, Alarm, Pulse], None]
+"""Trains one stage from the first micro-batch to the last."""
 
 
 def run_process(job: Job, member: Membership) -> None:
@@ -55,9 +59,7 @@ def run_process(job: Job, member: Membership) -> None:
         logger.info("%s is process %d on %s, from step %d", *where)
         links = StoreLinks(job, member, board, alarm)
         heartbeat.looks.append(links.look)
-        scheduled = job.blueprint.end_to_end and job.blueprint.num_stages > 1
-        work = run_scheduled if scheduled else run_worker
-        work(job, member.place, links, sink, member.device, alarm, pulse)
+        _work_of(job.blueprint)(job, member.place, links, sink, member.device, alarm, pulse)
         sink({"kind": "end", "stage": member.place.stage})
         if member.supervised:
             await_release(board, alarm)
@@ -70,6 +72,15 @@ def run_process(job: Job, member: Membership) -> None:
         raise failure from error
     finally:
         logging.getLogger("pipetrgl").removeHandler(forward)
+
+
+def _work_of(blueprint: Blueprint) -> Work:
+    if not blueprint.end_to_end or blueprint.num_stages == 1:
+        return run_worker
+    # torch's schedules bring its compiler along, whose import takes longer than torch's own
+    from pipetrgl.scheduled import run_scheduled
+
+    return run_scheduled
 
 
 def serve(run: Path, rank: int, incarnation: int, store: Store, address: str, local_rank: int) -> int:
@@ -89,7 +100,7 @@ def serve(run: Path, rank: int, incarnation: int, store: Store, address: str, lo
     try:
         note = board.read("blueprint", 30.0, Alarm(), "the launcher's blueprint")
         start = board.read(f"start/{rank}/{incarnation}", 30.0, Alarm(), "the launcher's word where to start")
-        blueprint = draw_up(undump(note["config"]), DataSpec.from_dict(note["spec"]))
+        blueprint = draw_up_again(undump(note["config"]), note["facts"])
         job = Job(blueprint, run, dict(os.environ), Checkpoint.from_dict(start), stop)
         run.mkdir(parents=True, exist_ok=True)  # on another machine
         device = device_of(blueprint, local_rank)

@@ -103,8 +103,7 @@ def _train_rank(
     me = torchrun.join(timeout_s)
     if config.model.cuts == "auto":
         config = torchrun.shared_config(me, lambda: planned(config), timeout_s)
-    spec = torchrun.shared_spec(me, lambda: describe(config), timeout_s)
-    blueprint = draw_up(config, spec)
+    blueprint = torchrun.shared_blueprint(me, config, lambda: draw_up(config, describe(config)), timeout_s)
     blueprint.world.require_size(me.world_size)
     resume = "auto" if me.attempt > 1 else config.checkpoint.resume
     run, checkpoint = torchrun.shared_start(me, lambda: choose_start(config, resume), timeout_s)

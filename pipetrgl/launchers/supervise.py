@@ -137,7 +137,7 @@ class Supervisor:
             PipetrglError: the run's first error that no replacement could mend; no process is left behind.
         """
         blueprint = self._job.blueprint
-        self._board.post("blueprint", {"config": dump(blueprint.config), "spec": blueprint.spec.to_dict()})
+        self._board.post("blueprint", {"config": dump(blueprint.config), "facts": blueprint.facts()})
         try:
             for seat in self._seats:
                 self._start(seat)

@@ -14,13 +14,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast, final
 
-from pipetrgl.blueprint import Blueprint
+from pipetrgl.blueprint import Blueprint, draw_up, draw_up_again
 from pipetrgl.channels.alarm import Alarm
 from pipetrgl.channels.board import Board
 from pipetrgl.channels.c10d import PrefixStore, Store, rendezvous
 from pipetrgl.channels.connect import address_towards
 from pipetrgl.channels.heartbeat import FAILURE, Watch, remote_error
-from pipetrgl.config.load import dump, undump
+from pipetrgl.config.load import config_hash, dump, undump
 from pipetrgl.config.schema import Config
 from pipetrgl.data.dataset import DataSpec
 from pipetrgl.engine.checkpoint import Checkpoint
@@ -201,9 +201,14 @@ def _wait_for_the_others(blueprint: Blueprint, collector: Collector, thread: thr
         raise LaunchError("the rows of the other ranks could not be collected; see the traceback above")
 
 
-def shared_spec(me: Rank, describe: Callable[[], DataSpec], timeout_s: float) -> DataSpec:
-    """The data specification as rank 0 reads it: no other rank needs the data."""
-    return DataSpec.from_dict(me.agree_on("spec", lambda: describe().to_dict(), timeout_s))
+def shared_blueprint(me: Rank, config: Config, make: Callable[[], Blueprint], timeout_s: float) -> Blueprint:
+    """The blueprint as rank 0 makes it, which reads the data: no other rank needs any."""
+    own = config_hash(config)
+    note = me.agree_on("blueprint", lambda: {"config": own, "facts": make().facts()}, timeout_s)
+    facts = cast(dict[str, Any], note["facts"])
+    if note["config"] != own:  # started with another config: the links will name both
+        return draw_up(config, DataSpec.from_dict(facts["spec"]))
+    return draw_up_again(config, facts)
 
 
 def shared_config(me: Rank, make: Callable[[], Config], timeout_s: float) -> Config:

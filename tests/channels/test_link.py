@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -50,9 +52,11 @@ def link(
     next_index: int = 0,
     image: wire.TensorSpec | None = None,
     rooms: tuple[int, ...] = (),
+    sending: Callable[[ProcessGroup, int], Any] = GlooLine,
 ) -> tuple[LinkOutbox, LinkInbox, Alarm]:
     sender, receiver = (
-        Connection(group, GlooLine(group, 1 - side), next_index, rooms) for side, group in enumerate(groups())
+        Connection(group, line(group, 1 - side), next_index, rooms)
+        for side, (group, line) in enumerate(zip(groups(), (sending, GlooLine), strict=True))
     )
     alarm = Alarm()
     terms = LinkTerms(7, capacity, CODECS["fp32"], 32, 20.0, "stage 0 (rank 0)", "stage 1 (rank 1)")
@@ -105,6 +109,44 @@ def test_what_was_expected_ahead_waits_for_the_next_that_has_it(capacity: int) -
     inbox.close()
     assert len(addresses) == 2 * capacity
     assert inbox.slot_bytes == capacity * (6 * 8 * 4 + 6 * 4 * 4)
+
+
+class NotedLine:
+    """The sending side of a line that notes which thread calls it, and gives out numbers for what is ready."""
+
+    def __init__(self, group: ProcessGroup, peer: int) -> None:
+        self._line = GlooLine(group, peer)
+        self._count = itertools.count()
+        self.calls: list[tuple[str, str, int]] = []
+
+    def ready(self) -> int:
+        self.calls.append(("ready", threading.current_thread().name, number := next(self._count)))
+        return number
+
+    def post(self, parts: Sequence[torch.Tensor], ready: int) -> object:
+        self.calls.append(("post", threading.current_thread().name, ready))
+        return self._line.post(parts, None)
+
+    def complete(self, header: object, posted: object) -> None:
+        self._line.complete(header, posted)
+
+
+def test_the_stages_thread_says_what_is_ready_and_the_links_thread_sends_it() -> None:
+    """On a GPU the first records an event on the stage's stream, and the second waits for that very one."""
+    lines: list[NotedLine] = []
+
+    def noted(group: ProcessGroup, peer: int) -> NotedLine:
+        lines.append(NotedLine(group, peer))
+        return lines[0]
+
+    outbox, inbox, _ = link(sending=noted)
+    thread = send_all(outbox, [micro_batch(index, torch.zeros(4, 8)) for index in range(3)])
+    assert len(list(inbox)) == 3
+    thread.join()
+    inbox.close()
+    ready, post = ([call for call in lines[0].calls if call[0] == what] for what in ("ready", "post"))
+    assert ready == [("ready", thread.name, number) for number in range(4)]  # the end of the stream is one more
+    assert post == [("post", "to stage 1 (rank 1)", number) for number in range(4)]
 
 
 def test_a_tensor_for_which_the_receiver_has_no_room_is_not_sent() -> None:

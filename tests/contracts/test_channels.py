@@ -316,10 +316,9 @@ def test_no_deadline_runs_while_some_stage_is_being_replaced(channel: Open) -> N
     both = channel(timeout_s=0.3)
     both.alarm.paused = True
     threading.Timer(1.0, lambda: setattr(both.alarm, "paused", False)).start()
-    start = time.monotonic()
     with pytest.raises(LinkError, match="waited 0 s for a micro-batch from"):
         next(iter(both.inbox))
-    assert time.monotonic() - start >= 1.3 - 0.05  # no sooner than the pause and the deadline after it
+    assert not both.alarm.paused  # the deadline alone would have ended the wait long before
     both.outbox.close()
 
 
