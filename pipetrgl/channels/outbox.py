@@ -110,6 +110,7 @@ class LinkOutbox:
             self._log.add(sent)
             if sent.index < wanted:
                 return  # the worker that this one replaces has sent it already
+            self.sent_bytes += sent.payload_bytes
             self._leaving = _Leaving(sent, self._connection.line.ready())
             self._condition.notify_all()
 
@@ -148,7 +149,6 @@ class LinkOutbox:
 
     def _deliver(self, sent: Sent, ready: Any, connection: Connection) -> None:
         """Return when the receiver has taken it; raises LostPeerError where the link broke."""
-        self.sent_bytes += sum(part.nbytes for part in sent.parts)
         line, header = connection.line, self._header(sent)  # alive until it is taken
         with lost_if_broken(self._terms.receiver):
             header_work = connection.group.send([header], RECEIVER, HEADER_TAG)
@@ -169,6 +169,7 @@ class LinkOutbox:
                 connection = self._neighbour.reconnect(lost, self.received_index + 1)
                 with self._condition:
                     missing = self._log.since(connection.next_index, self._terms.receiver)
+                    self.sent_bytes += sum(sent.payload_bytes for sent in missing)
                 for sent in missing:
                     sent.require_unchanged(self._terms.receiver)
                     self._deliver(sent, connection.line.ready(), connection)

@@ -43,9 +43,14 @@ class Sent:
         return Sent(micro_batch.index, micro_batch.as_tick(), parts, has_image, versions)
 
     @property
+    def payload_bytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
     def num_bytes(self) -> int:
+        """Of all that it holds alive."""
         labels = () if self.labelled is None else (self.labelled.target, self.labelled.positions)
-        return sum(tensor.nbytes for tensor in (*labels, *self.parts))
+        return self.payload_bytes + sum(tensor.nbytes for tensor in labels)
 
     def require_unchanged(self, receiver: str) -> None:
         """Raises:

@@ -162,6 +162,13 @@ def test_a_target_of_every_token_arrives_in_its_shape(channel: Open) -> None:
     assert (got.num_rows, got.targets_per_row) == (3, 5)
 
 
+def test_what_a_send_takes_along_is_counted_when_it_returns(channel: Open) -> None:
+    both = channel()
+    for count in (1, 2):
+        both.outbox.send(micro_batch(count - 1))
+        assert both.outbox.sent_bytes == count * 3 * 2 * 4
+
+
 def test_a_stream_without_micro_batches_ends(channel: Open) -> None:
     both = channel()
     thread = send_all(both, [])
