@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from pipetrgl.config.schema import OptimConfig, ScheduleConfig
 NamedParameters = Iterable[tuple[str, Tensor]]
 
 
-def _eager(kind: type[torch.optim.Optimizer]) -> Any:
+def _eager(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
     """The same optimizer outside of torch.compile.
 
     What torch wraps around these functions, for the case that someone compiles them, imports its compiler when it is
@@ -41,13 +40,9 @@ def build(config: OptimConfig, parameters: NamedParameters) -> torch.optim.Optim
     fused = config.fused or None  # None leaves torch its own choice, on a GPU a loop over groups of tensors
     if config.name == "sgd":
         momentum, nesterov = config.momentum, config.nesterov
-        sgd: torch.optim.Optimizer = _SGD(
-            groups, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=decay, fused=fused
-        )
-        return sgd
+        return _SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=decay, fused=fused)
     kind = _Adam if config.name == "adam" else _AdamW
-    adam: torch.optim.Optimizer = kind(groups, lr=lr, betas=config.betas, weight_decay=decay, fused=fused)
-    return adam
+    return kind(groups, lr=lr, betas=config.betas, weight_decay=decay, fused=fused)
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:

@@ -203,8 +203,10 @@ def _wait_for_the_others(blueprint: Blueprint, collector: Collector, thread: thr
 
 def shared_blueprint(me: Rank, config: Config, make: Callable[[], Blueprint], timeout_s: float) -> Blueprint:
     """The blueprint as rank 0 makes it, which reads the data: no other rank needs any."""
-    own = config_hash(config)
-    note = me.agree_on("blueprint", lambda: {"config": own, "facts": make().facts()}, timeout_s)
+    own, made = config_hash(config), make() if me.leads else None
+    note = me.agree_on("blueprint", lambda: {"config": own, "facts": made.facts() if made else {}}, timeout_s)
+    if made is not None:
+        return made
     facts = cast(dict[str, Any], note["facts"])
     if note["config"] != own:  # started with another config: the links will name both
         return draw_up(config, DataSpec.from_dict(facts["spec"]))

@@ -11,8 +11,10 @@ from typing import Any, final
 
 from pydantic import ValidationError
 
+from pipetrgl.config.explain import explain
 from pipetrgl.config.planned import PLAN_SCHEMA, plan_content
 from pipetrgl.config.schema import Config
+from pipetrgl.config.source import Entry, Origin
 from pipetrgl.errors import ConfigError
 from pipetrgl.launchers.start import describe
 from pipetrgl.studies.costs import Cost, LinkSpeed, UnitCost
@@ -117,7 +119,7 @@ def planned(config: Config, say: Callable[[str], None]) -> Config:
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        reasons = "\n".join(f"  {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors())
+        reasons = "\n".join(f"  {problem.text}" for problem in explain(error, Entry({}, Origin(None))))
         raise ConfigError(
             f"model.cuts: auto found cuts {plan.cuts} with replicas {pipeline['replicas']}, which do not go with the "
             f"rest of the config; write model.cuts, or change\n{reasons}"

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
+
+from pipetrgl.blueprint import Blueprint, draw_up
+from pipetrgl.launchers.start import describe
+from pipetrgl.launchers.torchrun import Rank, shared_blueprint
+from tests.equivalence.runs import tiny
+
+Train = Callable[..., str]
 
 NOTES_IMPORTS = """
 import sys
@@ -27,27 +36,55 @@ run: {folder: runs, report: false}
 """
 
 
-@pytest.mark.parametrize(
-    ("launcher", "overrides", "imported"),
-    [
-        (["-m", "pipetrgl", "train"], [], False),
-        (["-m", "pipetrgl", "train"], ["optim.name=adamw"], False),
-        (["-m", "pipetrgl", "train"], ["train.recompute=true"], True),  # torch's checkpoint brings it
-        (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pipetrgl", "train"], [], False),
-    ],
-)
-def test_a_worker_does_not_import_the_compiler_that_it_does_not_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: list[str], overrides: list[str], imported: bool
-) -> None:
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pipetrgl", "train")
+NOTE = "the compiler was imported"
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
     (tmp_path / "sitecustomize.py").write_text(NOTES_IMPORTS)
     (tmp_path / "config.yaml").write_text(CONFIG)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    command = [sys.executable, *launcher, "config.yaml", *overrides]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    logs = [log.read_text() for log in tmp_path.glob("runs/*/logs/*.log")]
-    if "torch.distributed.run" in launcher:  # rank 0 finds the shapes for all, and only it
-        assert done.stderr.count("the compiler was imported") == 1
-    else:
-        assert len(logs) == 2
-        assert [("the compiler was imported" in log) for log in logs] == [imported] * 2
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("override", "imported"),
+    [
+        ("optim.name=sgd", False),
+        ("optim.name=adamw", False),
+        ("train.recompute=true", True),  # torch's checkpoint brings it
+    ],
+)
+def test_a_local_worker_imports_the_compiler_only_where_it_uses_it(
+    train: Train, tmp_path: Path, override: str, imported: bool
+) -> None:
+    train("-m", "pipetrgl", "train", "config.yaml", override)
+    assert [NOTE in log.read_text() for log in tmp_path.glob("runs/*/logs/*.log")] == [imported] * 2
+
+
+def test_of_all_ranks_only_the_first_imports_it_to_find_the_shapes(train: Train) -> None:
+    assert train(*TORCHRUN, "config.yaml").count(NOTE) == 1
+
+
+def test_a_rank_of_another_config_draws_up_its_own_so_that_the_links_can_name_both(tmp_path: Path) -> None:
+    mine, theirs = (tiny("mlp", tmp_path, model={"width": width}) for width in (8, 16))
+    store, spec = HashStore(), describe(mine)
+    first = shared_blueprint(Rank(store, 0, 3, 1), mine, lambda: draw_up(mine, spec), 5.0)
+    same, other = (
+        shared_blueprint(Rank(store, rank, 3, 1), config, never, 5.0) for rank, config in ((1, mine), (2, theirs))
+    )
+    assert (same.shapes, same.spec) == (first.shapes, first.spec)
+    assert other.shapes == draw_up(theirs, spec).shapes != first.shapes
+
+
+def never() -> Blueprint:
+    raise AssertionError("only rank 0 reads the data")
